@@ -1,0 +1,34 @@
+"""kerasdefense: train, evaluate and serve image classifiers that hold up under attack and on unknown classes."""
+
+import os
+import sys
+import warnings
+
+if sys.argv[:1] == [
+    "-m"
+]:  # started as `python -m kerasdefense...`: keep other packages' start-up notices off the screen
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="google")
+
+from kerasdefense.attacks import FGSM, FGSMRS, PGD, AttackResult
+from kerasdefense.backbones import as_backbone
+from kerasdefense.config import Run
+from kerasdefense.defenses import FGSMRSAT, PGDAT, Defense, Standard
+from kerasdefense.evaluation import evaluate
+from kerasdefense.types import InputError, UsageError
+
+__all__ = [
+    "FGSM",
+    "FGSMRS",
+    "FGSMRSAT",
+    "PGD",
+    "PGDAT",
+    "AttackResult",
+    "Defense",
+    "InputError",
+    "Run",
+    "Standard",
+    "UsageError",
+    "as_backbone",
+    "evaluate",
+]

@@ -1,0 +1,110 @@
+"""What an attack maximises: objectives built on a classifier's logits.
+
+An objective turns `logits_fn` into `loss_fn(image, context) -> [batch]`. What it needs of an example (its label,
+its target, its clean logits) stands in `context`, never in a closure, so that rows can be dropped, padded and
+restarted and one function is traced once.
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import tensorflow as tf
+
+from kerasdefense import losses
+from kerasdefense.types import Context, InputError, LogitsFn, LossFn, PathFn, SuccessFn
+
+
+def cross_entropy(logits_fn: LogitsFn) -> LossFn:
+    """Return the cross-entropy of `context["label"]`, an untargeted objective."""
+
+    def loss_fn(image: tf.Tensor, context: Context) -> tf.Tensor:
+        return losses.cross_entropy(logits_fn(image), context["label"])
+
+    return loss_fn
+
+
+def targeted_cross_entropy(logits_fn: LogitsFn) -> LossFn:
+    """Return `log softmax` at `context["target"]`, an objective that pulls towards the target."""
+
+    def loss_fn(image: tf.Tensor, context: Context) -> tf.Tensor:
+        return -losses.cross_entropy(logits_fn(image), context["target"])
+
+    return loss_fn
+
+
+def margin(logits_fn: LogitsFn) -> LossFn:
+    """Return the margin by which another class beats `context["label"]`."""
+
+    def loss_fn(image: tf.Tensor, context: Context) -> tf.Tensor:
+        return losses.margin(logits_fn(image), context["label"])
+
+    return loss_fn
+
+
+def kl_divergence(logits_fn: LogitsFn) -> LossFn:
+    """Return the divergence of the output from `context["logits"]`, those of the clean image (label-free)."""
+
+    def loss_fn(image: tf.Tensor, context: Context) -> tf.Tensor:
+        return losses.kl_divergence(context["logits"], logits_fn(image))
+
+    return loss_fn
+
+
+OBJECTIVES: dict[str, Callable[[LogitsFn], LossFn]] = {
+    "cross_entropy": cross_entropy,
+    "kl_divergence": kl_divergence,
+    "margin": margin,
+    "targeted_cross_entropy": targeted_cross_entropy,
+}
+
+
+def misclassified(logits_fn: LogitsFn) -> SuccessFn:
+    """Return the goal of untargeted attacks: the predicted class is not `context["label"]`."""
+
+    def success_fn(image: tf.Tensor, context: Context) -> tf.Tensor:
+        return tf.argmax(logits_fn(image), axis=-1, output_type=tf.int32) != context["label"]
+
+    return success_fn
+
+
+def hit_target(logits_fn: LogitsFn) -> SuccessFn:
+    """Return the goal of targeted attacks: the predicted class is `context["target"]`."""
+
+    def success_fn(image: tf.Tensor, context: Context) -> tf.Tensor:
+        return tf.argmax(logits_fn(image), axis=-1, output_type=tf.int32) == context["target"]
+
+    return success_fn
+
+
+def share_pass(path: PathFn) -> PathFn:
+    """Return `path` with its last result kept, so that a loss and a success function share one pass in a graph.
+
+    Both ask for the logits of the same tensor object one after the other; any other tensor is computed anew. Only for
+    use inside one traced function: the weights must not change between the two.
+    """
+    last: list[tf.Tensor] = []
+
+    def shared_path(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        if not last or last[0] is not image:
+            last[:] = [image, path(image, seed)]
+        return last[1]
+
+    return shared_path
+
+
+def check_logits(logits: tf.Tensor) -> None:
+    """Raise an InputError where a classifier's output (eager, [batch, classes]) is no batch of logits.
+
+    Probabilities flatten every gradient an attack would follow, so an attack on them measures nothing.
+    """
+    if not tf.is_tensor(logits):
+        raise InputError(f"an attack needs logits of shape [batch, classes >= 2], not a {type(logits).__name__}")
+    if logits.shape.rank != 2 or logits.shape[1] < 2:
+        raise InputError(f"an attack needs logits of shape [batch, classes >= 2], not {tuple(logits.shape)}")
+    if not bool(tf.reduce_all(tf.math.is_finite(logits))):
+        raise InputError("the classifier returns NaN or infinite logits; check its weights and its input range")
+    in_range = tf.reduce_all((logits >= -1e-5) & (logits <= 1 + 1e-5))
+    sums_to_one = tf.reduce_all(tf.abs(tf.reduce_sum(logits, axis=1) - 1) < 1e-5)
+    if bool(in_range & sums_to_one):
+        raise InputError("the classifier returns probabilities; an attack needs logits, the values before the softmax")

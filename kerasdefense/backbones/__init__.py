@@ -1,0 +1,48 @@
+"""Backbones: functional classifiers from `image` to `feature_map`, `embedding` and `logits`.
+
+Images are float32 [batch, height, width, channels] in [0, 1]; normalisation is a layer of the backbone.
+`feature_map` is what enters global pooling, `embedding` what enters the last dense layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Callable
+
+import keras
+
+from kerasdefense import config
+from kerasdefense.backbones.blocks import ImageShape
+from kerasdefense.backbones.own import as_backbone, load
+from kerasdefense.backbones.plain import small_cnn
+from kerasdefense.backbones.resnet import cifar_resnet, resnet18
+from kerasdefense.backbones.wide import wide_resnet
+from kerasdefense.types import look_up
+
+BACKBONES: dict[str, Callable[..., keras.Model]] = {
+    "resnet14": functools.partial(cifar_resnet, depth=14),
+    "resnet18": resnet18,
+    "resnet20": functools.partial(cifar_resnet, depth=20),
+    "resnet8": functools.partial(cifar_resnet, depth=8),
+    "small_cnn": small_cnn,
+    "wide_resnet": wide_resnet,
+}
+
+
+def build(backbone: config.Backbone, *, image_shape: ImageShape, classes: int) -> keras.Model:
+    """Return the backbone that a configuration describes, or the user's own model in its file.
+
+    Args:
+        backbone: the configuration; with `path` set, name, width and depth are ignored.
+        image_shape: height, width and channels of the data.
+        classes: number of classes of the data, at least 2.
+    """
+    if backbone.path:
+        return load(backbone, image_shape=image_shape, classes=classes)
+    make = look_up(BACKBONES, backbone.name, "backbone")
+    if backbone.name == "wide_resnet":
+        return make(image_shape, classes, depth=backbone.depth, width=backbone.width)
+    return make(image_shape, classes, width=backbone.width)
+
+
+__all__ = ["BACKBONES", "as_backbone", "build", "cifar_resnet", "resnet18", "small_cnn", "wide_resnet"]

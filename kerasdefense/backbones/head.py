@@ -1,0 +1,154 @@
+"""The search for the end of a classifier: global pooling, embedding, last dense layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from kerasdefense.backbones.blocks import Tensor
+from kerasdefense.types import InputError
+
+NEEDED = "a backbone needs global pooling and one Dense at its end, with or without a softmax"
+
+_GLOBAL_POOLING = (keras.layers.GlobalAveragePooling2D, keras.layers.GlobalMaxPooling2D)
+_SOFTMAX = (keras.activations.softmax, keras.activations.linear)
+
+Node = Any
+"""A call of a layer in the graph of a functional model."""
+
+
+class Names(NamedTuple):
+    """The names by which a user points at layers; empty = find them."""
+
+    pooling_layer: str = ""
+    logits_layer: str = ""
+
+
+def split(model: keras.Model, names: Names) -> tuple[keras.Model, keras.layers.Dense]:
+    """Return the model from the image to (feature_map, embedding), and the Dense that takes the embedding.
+
+    The model returned is made of the layers of `model`; where the end of `model` lies in nested models they
+    are taken apart, and called as before.
+
+    Raises:
+        InputError: if the end is another one, or a name is needed.
+    """
+    if len(model.outputs) != 1:
+        raise InputError(f"model {model.name!r} has {len(model.outputs)} outputs; {NEEDED}")
+    tensor = model.outputs[0]
+    while True:
+        node, layer, source = _step_back(tensor)
+        if source is not None and isinstance(layer, keras.Model):
+            trunk, dense = split(layer, names)
+            return keras.Model(model.inputs, _call(node, trunk, source), name=model.name), dense
+        if type(layer) is keras.layers.Dense:
+            _check_dense(layer, source, names)
+            return keras.Model(model.inputs, _features(source, names, [node]), name=model.name), layer
+        if source is None or not _keeps_order(layer):
+            raise InputError(f"the model ends in layer {layer.name!r} ({type(layer).__name__}); {NEEDED}")
+        tensor = source
+
+
+def _features(embedding: Tensor, names: Names, passed: list[Node]) -> tuple[Tensor, Tensor]:
+    """Return the feature map and the embedding, in the graph of the embedding.
+
+    Args:
+        embedding: what enters the last dense layer.
+        names: the layers a user points at.
+        passed: calls from the output on down to the embedding, the last dense layer's first.
+    """
+    between: list[Node] = []
+    tensor = embedding
+    while True:
+        node, layer, source = _step_back(tensor)
+        if source is None:
+            raise InputError(_no_pooling(passed + between, names))
+        if _is_pooling(layer, names):
+            _check_pooling(node)
+            _check_between(passed + between, names)
+            return source, embedding
+        if isinstance(layer, keras.Model):
+            inner = keras.Model(layer.inputs, _features(layer.outputs[0], names, passed + between), name=layer.name)
+            feature_map, embedding = _call(node, inner, source)
+            for each in reversed(between):
+                embedding = _call(each, each.layer, embedding)
+            return feature_map, embedding
+        between.append(node)
+        tensor = source
+
+
+def _step_back(tensor: Tensor) -> tuple[Node, keras.layers.Layer, Tensor]:
+    """Return the call that made `tensor`, its layer and its input; no input where it has none, or several."""
+    node = tensor.node
+    sources = node.keras_inputs
+    return node, node.layer, sources[0] if len(sources) == 1 and not node.is_input else None
+
+
+def _call(node: Node, layer: keras.layers.Layer, tensor: Tensor) -> Any:
+    """Call `layer` on `tensor` with the other arguments of `node`, such as `training=False`."""
+    return layer(tensor, *node.call_args[1:], **node.call_kwargs)
+
+
+def _keeps_order(layer: keras.layers.Layer) -> bool:
+    """Return whether a layer after the last dense one is a softmax or nothing at all."""
+    if isinstance(layer, keras.layers.Activation):
+        return layer.activation in _SOFTMAX
+    return isinstance(layer, keras.layers.Softmax)
+
+
+def _check_dense(layer: keras.layers.Dense, source: Tensor, names: Names) -> None:
+    if names.logits_layer not in ("", layer.name):
+        raise InputError(f"logits_layer={names.logits_layer}: the last dense layer is {layer.name!r}")
+    if layer.units < 2:
+        raise InputError(f"dense layer {layer.name!r} has a single output; a backbone needs one per class, at least 2")
+    if layer.activation not in _SOFTMAX:
+        activation = getattr(layer.activation, "__name__", type(layer.activation).__name__)
+        raise InputError(f"dense layer {layer.name!r} ends in {activation}; it must end in softmax or nothing")
+    if source.shape.rank != 2:
+        raise InputError(
+            f"dense layer {layer.name!r} takes {tuple(source.shape)}, not one vector per image; flatten it"
+        )
+
+
+def _is_pooling(layer: keras.layers.Layer, names: Names) -> bool:
+    if names.pooling_layer:
+        return layer.name == names.pooling_layer
+    return isinstance(layer, _GLOBAL_POOLING)
+
+
+def _pools(node: Node) -> bool:
+    """Return whether a call takes a feature map [batch, h, w, c] and gives c values per image."""
+    source, result = node.keras_inputs[0].shape, tf.nest.flatten(node.outputs)[0].shape
+    return source.rank == 4 and None not in result[1:] and math.prod(result[1:]) == source[-1]
+
+
+def _check_pooling(node: Node) -> None:
+    if not _pools(node):
+        shape = tuple(node.keras_inputs[0].shape)
+        raise InputError(f"pooling_layer={node.layer.name} takes {shape} and does not give one value per channel")
+
+
+def _check_between(passed: list[Node], names: Names) -> None:
+    """Raise an InputError if other dense layers stand before the last one and the user has not named that."""
+    last, *others = [node.layer.name for node in passed if isinstance(node.layer, keras.layers.Dense)]
+    if others and not names.logits_layer:
+        found = ", ".join([*reversed(others), last])
+        raise InputError(
+            f"{len(others) + 1} dense layers follow the global pooling ({found}): pass logits_layer={last}"
+            " (--backbone_logits_layer) to take what enters it as the embedding"
+        )
+
+
+def _no_pooling(passed: list[Node], names: Names) -> str:
+    """Return what to do where the straight way back from the last dense layer meets no pooling."""
+    candidates = [
+        node.layer.name for node in passed if _pools(node) and tuple(node.keras_inputs[0].shape[1:3]) != (1, 1)
+    ]
+    where = f"before dense layer {passed[0].layer.name!r}"
+    what = f"no layer named {names.pooling_layer!r}" if names.pooling_layer else "no global pooling"
+    if candidates:
+        return f"{what} {where}: pass pooling_layer (--backbone_pooling_layer), one of: {', '.join(candidates)}"
+    return f"{what} {where}; {NEEDED}"

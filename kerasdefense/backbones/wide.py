@@ -1,0 +1,55 @@
+"""Wide residual networks of pre-activation blocks."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import keras
+
+from kerasdefense.backbones import blocks
+from kerasdefense.backbones.blocks import ImageShape, Tensor
+from kerasdefense.types import UsageError
+
+
+def wide_resnet(
+    image_shape: ImageShape,
+    classes: int,
+    *,
+    depth: int = 28,
+    width: int = 10,
+    normalisation: Optional[keras.layers.Layer] = None,
+) -> keras.Model:
+    """Return WideResNet-depth-width: three stages of n blocks, `16 width, 32 width, 64 width` channels.
+
+    Args:
+        image_shape: height, width and channels of the images.
+        classes: number of classes, at least 2.
+        depth: `6n + 4`: 10, 16, 22, 28, 34, ...
+        width: the widening factor.
+        normalisation: layer from [0, 1] to the network's range; None = `(image - 0.5) / 0.25`.
+
+    Source: Zagoruyko and Komodakis 2016, table 1 and their code (batch normalisation and ReLU before each
+    convolution, those before the first one shared with a 1x1 shortcut). Deviations: none; dropout 0.
+    """
+    if depth < 10 or (depth - 4) % 6:
+        raise UsageError(f"the depth of wide_resnet must be 6n + 4 (10, 16, 22, 28, ...), not {depth}")
+    image, tensor = blocks.start(image_shape, width, normalisation)
+    tensor = blocks.convolution(tensor, 16, 3, name="stem_conv")
+    for stage, filters in enumerate((16 * width, 32 * width, 64 * width), start=1):
+        for block in range(1, (depth - 4) // 6 + 1):
+            stride = 2 if stage > 1 and block == 1 else 1
+            tensor = _residual(tensor, filters, stride=stride, name=f"stage{stage}_block{block}")
+    tensor = blocks.relu(blocks.batch_normalisation(tensor, name="final_bn"), name="feature_map")
+    return blocks.finish(image, tensor, classes, name=f"wide_resnet_{depth}_{width}")
+
+
+def _residual(tensor: Tensor, filters: int, *, stride: int, name: str) -> Tensor:
+    """Return the sum of two pre-activated 3x3 convolutions and the shortcut."""
+    shortcut = tensor
+    tensor = blocks.relu(blocks.batch_normalisation(tensor, name=f"{name}_1_bn"), name=f"{name}_1_relu")
+    if stride > 1 or tensor.shape[-1] != filters:
+        shortcut = blocks.convolution(tensor, filters, 1, stride=stride, name=f"{name}_shortcut_conv")
+    tensor = blocks.convolution(tensor, filters, 3, stride=stride, name=f"{name}_1_conv")
+    tensor = blocks.relu(blocks.batch_normalisation(tensor, name=f"{name}_2_bn"), name=f"{name}_2_relu")
+    tensor = blocks.convolution(tensor, filters, 3, name=f"{name}_2_conv")
+    return keras.layers.Add(name=f"{name}_sum")([tensor, shortcut])

@@ -1,0 +1,132 @@
+"""What a run is, as frozen plain data: one field = one flag = one default = one line of help.
+
+A field `x` of section `Data` is the flag `--data_x`; the fields of `Run` itself have no prefix.
+`flags.py` turns these classes into absl flags and back; nothing here knows about flags, models or files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+def _field(default: Any, help_line: str, choices: tuple[str, ...] = ()) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help_line, "choices": choices})
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where the images come from and how training sees them."""
+
+    name: str = _field("digits", "digits, folder, or the name of a TFDS image-classification set")
+    dir: str = _field("", "folder of images (--data_name=folder), else the TFDS data directory; empty = TFDS default")
+    validation_fraction: float = _field(0.1, "share of the training images held out for validation, in (0, 1)")
+    image_size: int = _field(0, "side in pixels to which images are resized; 0 = keep their own size")
+    augment: str = _field(
+        "auto",
+        "random crop and flip; auto = crop_flip, without flips for digits",
+        ("auto", "none", "crop", "crop_flip"),
+    )
+    crop_padding: int = _field(0, "pixels of reflection around a crop; 0 = an eighth of the side")
+    open_set_split: str = _field(
+        "",
+        "known classes: empty = all, 0..4 = a published CIFAR-10/SVHN split, K:SEED = K classes drawn by a seed",
+    )
+    shuffle_buffer: int = _field(10_000, "examples held to shuffle the training stream")
+    cache: str = _field("memory", "where decoded training images are kept", ("memory", "disk", "none"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """The classifier that a defense trains."""
+
+    name: str = _field("resnet8", "architecture, a key of BACKBONES; ignored with --backbone_path")
+    width: int = _field(16, "channels of the first stage (wide_resnet: the widening factor)")
+    depth: int = _field(16, "layers of wide_resnet (6n + 4); other architectures carry their depth in the name")
+    path: str = _field("", "your own Keras classifier (.keras, .h5 or SavedModel folder) to fine-tune instead")
+    pooling_layer: str = _field("", "name of its global pooling layer, where it cannot be found")
+    logits_layer: str = _field("", "name of its last dense layer, where it cannot be found")
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """The threat model, and the attack that adversarial training crafts with."""
+
+    name: str = _field("pgd", "training attack, an objective attack of ATTACKS")
+    norm: str = _field("linf", "norm of the perturbation", ("linf", "l2"))
+    epsilon: float = _field(8 / 255, "radius of the ball, images in [0, 1]; fractions such as 8/255 are read")
+    steps: int = _field(0, "gradient steps; 0 = the attack's own default (pgd 10, fgsm and fgsm_rs 1)")
+    step_size: float = _field(0.0, "length of a step; 0 = the attack's own default (pgd 2.5 epsilon / steps)")
+    random_start: bool = _field(True, "start from a random point of the ball (pgd)")
+    objective: str = _field("cross_entropy", "loss that the attack maximises, a key of OBJECTIVES")
+
+
+@dataclasses.dataclass(frozen=True)
+class Defense:
+    """The method."""
+
+    name: str = _field("standard", "training method, a key of DEFENSES")
+    preset: str = _field(
+        "recommended",
+        "recommended settings, or the behaviour of the authors' release",
+        ("recommended", "released"),
+    )
+    label_smoothing: float = _field(0.0, "label mass spread evenly over all classes, in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """How it is optimised."""
+
+    epochs: int = _field(10, "passes over the training images")
+    batch_size: int = _field(128, "images per step, over all replicas")
+    optimizer: str = _field("sgd", "optimizer", ("sgd", "adam"))
+    learning_rate: float = _field(0.1, "learning rate, the highest one of a schedule")
+    schedule: str = _field(
+        "triangular",
+        "learning rate over the run; triangular rises to its middle and falls to 0",
+        ("constant", "triangular"),
+    )
+    momentum: float = _field(0.9, "momentum of sgd")
+    weight_decay: float = _field(5e-4, "decoupled decay of kernels, times the learning rate, per step")
+    seed: int = _field(0, "seed of weights, order, augmentation and attacks")
+    strategy: str = _field("mirrored", "mirrored over all visible GPUs (or the CPU), or none", ("mirrored", "none"))
+    validate_every: int = _field(1, "epochs from one validation to the next")
+    validation_steps: int = _field(10, "PGD steps of the validation attack by which the best epoch is selected")
+    guard: bool = _field(True, "stop on catastrophic overfitting and restore the best epoch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """How it is measured."""
+
+    suite: str = _field("standard", "attacks to run, a key of SUITES")
+    examples: int = _field(1000, "test images, from the first on; 0 = all")
+    epsilon: float = _field(0.0, "radius of the evaluation attacks; 0 = --attack_epsilon")
+    chunk_size: int = _field(256, "images attacked at once; results do not depend on it beyond rounding")
+    seed: int = _field(0, "seed of the evaluation attacks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What is written for users of the model."""
+
+    version: int = _field(0, "number of the SavedModel version folder; 0 = one above the highest there")
+    optimizer: bool = _field(True, "keep the optimizer's slots in model.keras, to train on")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run: everything that `python -m kerasdefense.run` needs."""
+
+    mode: str = _field("all", "what to do", ("all", "train", "evaluate", "export"))
+    run_dir: str = _field("", "folder of the run; empty = runs/<config name>")
+    dry_run: bool = _field(False, "print the resolved configuration and the parameter counts, and stop")
+    progress: bool = _field(True, "show progress bars")
+    data: Data = Data()
+    backbone: Backbone = Backbone()
+    attack: Attack = Attack()
+    defense: Defense = Defense()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()

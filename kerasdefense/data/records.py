@@ -1,0 +1,86 @@
+"""Labelled images still in their encoded form, and how they are decoded to one shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from kerasdefense.types import InputError
+
+ImageShape = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Records:
+    """The images of one split of a source, in an order that never changes.
+
+    Attributes:
+        label: int32 [examples], each in [0, classes).
+        read: returns a dataset of `examples` string scalars (an encoded image, or the path of a file).
+        decode: turns one such scalar into uint8 [height, width, channels].
+        name: says where the example of an index was found.
+    """
+
+    label: np.ndarray
+    read: Callable[[], tf.data.Dataset]
+    decode: Callable[[tf.Tensor], tf.Tensor]
+    name: Callable[[int], str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """A data set as it was found, before anything is held out.
+
+    Attributes:
+        name: what it is called.
+        labels: class names, in label order.
+        image_shape: (height, width, channels) of every decoded image.
+        train: the training images.
+        validation: its own validation images, if it has any beside test images.
+        test: its test images, if it has any.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    image_shape: ImageShape
+    train: Records
+    validation: Records | None = None
+    test: Records | None = None
+
+
+def decode(encoded: tf.Tensor, image_shape: ImageShape, resize: bool) -> tf.Tensor:
+    """Decode a PNG, JPEG, BMP or (its first frame) GIF image.
+
+    Args:
+        encoded: string scalar, the bytes of an image file.
+        image_shape: (height, width, channels) of the result.
+        resize: whether to resize an image of another size (bilinear, antialiased where it shrinks).
+
+    Returns:
+        uint8 [height, width, channels]; without `resize` the image's own height and width.
+    """
+    image = tf.io.decode_image(encoded, channels=image_shape[2], expand_animations=False)
+    if not resize:
+        return image
+    resized = tf.image.resize(tf.ensure_shape(image, (None, None, image_shape[2])), image_shape[:2], antialias=True)
+    return tf.cast(tf.clip_by_value(tf.round(resized), 0, 255), tf.uint8)
+
+
+def check_labels(label: np.ndarray, classes: int, where: str) -> None:
+    """Raise an InputError that names the first label outside [0, classes) of the split called `where`."""
+    wrong = np.flatnonzero((label < 0) | (label >= classes))
+    if wrong.size:
+        raise InputError(
+            f"{where}: example {wrong[0]} has label {label[wrong[0]]}, not one of the labels "
+            f"0..{classes - 1} of its {classes} classes"
+        )
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, cut to its first line and without TensorFlow's names of nodes."""
+    message = re.sub(r"\{\{.*?\}\}\s*", "", getattr(error, "message", None) or str(error)).strip()
+    return message.splitlines()[0].rstrip(":") if message else type(error).__name__

@@ -1,0 +1,7 @@
+"""Evaluation: what survives every attack on every path. It is given functions and arrays, never a defense."""
+
+from kerasdefense.evaluation.report import accuracy_interval, check_results, table, versions
+from kerasdefense.evaluation.robustness import evaluate
+from kerasdefense.evaluation.suites import SUITES, PlannedAttack
+
+__all__ = ["SUITES", "PlannedAttack", "accuracy_interval", "check_results", "evaluate", "table", "versions"]

@@ -1,0 +1,78 @@
+"""The model card: what a user of an exported model must know, as data that follow a JSON schema."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from kerasdefense import config
+from kerasdefense.defenses import DEFENSES
+from kerasdefense.files import check_schema
+from kerasdefense.types import look_up
+
+_SCHEMA = Path(__file__).with_name("card.schema.json")
+
+
+def card(
+    run: config.Run,
+    *,
+    results: Optional[Mapping[str, Any]],
+    labels: Sequence[str],
+    image_shape: Sequence[int],
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return the card of the model of a run; `export.save` adds `files`, the SHA-256 of every file.
+
+    Args:
+        run: the configuration that the model was trained by.
+        results: what its evaluation wrote to results.json, or None if it was not evaluated.
+        labels: class names, in label order.
+        image_shape: (height, width, channels) of the images it takes.
+        versions: of Python and the packages, by name.
+    """
+    return {
+        "schema_version": 1,
+        "name": f"{run.defense.name} on {run.data.name}",
+        "threat_model": {"norm": run.attack.norm, "epsilon": run.attack.epsilon},
+        "data": {
+            "name": run.data.name,
+            "image_shape": list(image_shape),
+            "classes": len(labels),
+            "labels": list(labels),
+            "open_set_split": run.data.open_set_split,
+        },
+        "defense": {
+            "name": run.defense.name,
+            "preset": run.defense.preset,
+            "deviations": _deviations(look_up(DEFENSES, run.defense.name, "defense")),
+        },
+        "backbone": Path(run.backbone.path).name or run.backbone.name,
+        "figures": None if results is None else _figures(results),
+        "config": dataclasses.asdict(run),
+        "versions": dict(versions),
+        "seed": run.train.seed,
+    }
+
+
+def check_card(content: Mapping[str, Any]) -> None:
+    """Raise an InputError unless a complete card follows the package's JSON schema of card.json."""
+    check_schema(content, _SCHEMA, "card.json")
+
+
+def _figures(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was measured, and all that one must know to read it."""
+    taken = ("clean_accuracy", "robust_accuracy", "suite", "note", "seed")
+    return {
+        **{key: results[key] for key in taken},
+        "threat_model": dict(results["attacks"][0]["threat_model"]),
+    }
+
+
+def _deviations(kind: type) -> str:
+    """Return what a defense's docstring says of its deviations from the publication, in one line."""
+    found = re.search(r"Deviations: (.*?)(\n\n|$)", inspect.getdoc(kind) or "", re.DOTALL)
+    return " ".join(found.group(1).split()).rstrip(".") if found else "not stated"

@@ -1,0 +1,100 @@
+"""A defense on disk as TF Serving reads it: <folder>/<version>/, there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from kerasdefense.defenses import Defense
+from kerasdefense.export.card import check_card
+from kerasdefense.export.signatures import SIGNATURES, serving_module
+from kerasdefense.files import replacing, write_json
+from kerasdefense.types import InputError, UsageError
+
+CARD, LABELS = "card.json", "labels.txt"
+TOLERANCE = 1e-5
+
+
+def save(defense: Defense, folder: Path, *, labels: Sequence[str], version: int, card: Mapping[str, Any]) -> Path:
+    """Write the SavedModel `folder/<version>/` with its labels and card.
+
+    It is loaded back and compared with the defense before it appears under its name. If anything fails,
+    nothing stays behind.
+
+    Args:
+        defense: what is exported.
+        folder: the model's folder, which TF Serving calls its base path.
+        labels: class names, in label order; one a line in `assets/labels.txt`.
+        version: number of the version, from 1 on; 0 = one above the highest there.
+        card: what `export.card` returned; `card.json` is this and the SHA-256 of every other file.
+
+    Returns:
+        The version's folder.
+
+    Raises:
+        UsageError: a version that is there already.
+        InputError: a model, labels or card that cannot be exported, or a SavedModel unlike the defense.
+        OSError: a write failed.
+    """
+    path = folder / str(_version(folder, version))
+    module = serving_module(defense, labels)
+    try:
+        with replacing(path) as temporary:
+            _write(module, temporary, labels)
+            _compare(defense, temporary)
+            complete = {**card, "files": digests(temporary)}
+            check_card(complete)
+            write_json(temporary / CARD, complete)
+    except tf.errors.OpError as error:  # how TensorFlow reports what the file system says
+        code = errno.ENOSPC if isinstance(error, tf.errors.ResourceExhaustedError) else errno.EIO
+        said = error.message.splitlines()[0]
+        raise OSError(code, f"the SavedModel could not be written: {said}", str(path)) from error
+    return path
+
+
+def digests(version: Path) -> dict[str, str]:
+    """Return `{path relative to the version's folder: SHA-256}` of every file in it but the card."""
+    files = sorted(file for file in version.rglob("*") if file.is_file() and file != version / CARD)
+    names = [file.relative_to(version).as_posix() for file in files]
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in zip(names, files)}
+
+
+def _version(folder: Path, version: int) -> int:
+    """Return the number to write, `version` or for 0 the next one."""
+    numbers = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+    free = max(numbers, default=0) + 1
+    if version < 0:
+        raise UsageError(f"a version is a number from 1 on, or 0 for the next one, not {version}")
+    if version in numbers:
+        raise UsageError(f"version {version} is in {folder} already; the next free one is {free}")
+    return version or free
+
+
+def _write(module: tf.Module, path: Path, labels: Sequence[str]) -> None:
+    """Write the SavedModel with its labels asset, which is copied from a file beside it."""
+    source = path.with_name(LABELS)
+    source.write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+    module.labels = tf.saved_model.Asset(str(source))
+    signatures = {name: getattr(module, name) for name in SIGNATURES}
+    tf.saved_model.save(module, str(path), signatures=signatures)
+
+
+def _compare(defense: Defense, path: Path) -> None:
+    """Raise an InputError unless the SavedModel at `path` gives the defense's logits on random images."""
+    shape = defense.backbone.input_shape[1:]
+    image = tf.constant(np.random.default_rng(0).random((4, *shape), np.float32))
+    found = tf.saved_model.load(str(path)).signatures["serving_default"](image=image)["logits"].numpy()
+    if not np.isfinite(found).all():
+        raise InputError("the model gives logits that are NaN or infinite; it was not exported")
+    if getattr(defense, "is_randomized", False):
+        return
+    expected = tf.cast(defense(image, training=False), tf.float32).numpy()
+    difference = float(np.max(np.abs(found - expected)) / max(1.0, np.max(np.abs(expected))))
+    if not difference <= TOLERANCE:
+        raise InputError(f"the SavedModel differs from the model by {difference:.1e} in logits; it was not kept")

@@ -1,0 +1,95 @@
+"""The graph functions of an exported model: the whole defended path behind three kinds of input.
+
+They are made of core TensorFlow operations only, so that TF Serving loads them as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from kerasdefense.defenses import Defense
+from kerasdefense.types import InputError
+
+SIGNATURES = ("serving_default", "image_bytes", "examples")
+_CHANNELS = (1, 3, 4)
+
+
+def serving_module(defense: Defense, labels: Sequence[str]) -> tf.Module:
+    """Return a module with one `tf.function` per name in SIGNATURES.
+
+    They take a batch of any size, empty ones too:
+
+    - `serving_default(image)`: float32 [batch, height, width, channels] in [0, 1];
+    - `image_bytes(image_bytes)`: string [batch], image files (PNG, JPEG, BMP or the first frame of a GIF) of
+      any size, which are decoded, converted to the model's channels and resized as training images are;
+    - `examples(examples)`: string [batch], serialised `tf.train.Example` with such a file as feature `image`.
+
+    Each returns `logits` and `probabilities` float32 [batch, classes], `label` int64 [batch] (the class of
+    the highest logit) and `class_name` string [batch].
+
+    Args:
+        defense: what is exported; its `call` is the whole defended path.
+        labels: class names, in label order.
+
+    Raises:
+        InputError: not one label per class, or a model that images in files cannot feed.
+    """
+    image_shape = _image_shape(defense, labels)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, *image_shape], tf.float32, "image")])
+    def serving_default(image: tf.Tensor) -> dict[str, tf.Tensor]:
+        size = tf.shape(image)[0]
+        # TensorFlow's oneDNN convolutions give an empty batch a wrong shape, so it is filled by one image.
+        filler = tf.zeros([tf.cast(size == 0, tf.int32), *image_shape])
+        logits = tf.cast(defense(tf.concat([image, filler], axis=0), training=False), tf.float32)[:size]
+        label = tf.argmax(logits, axis=-1)
+        return {
+            "logits": logits,
+            "probabilities": tf.nn.softmax(logits),
+            "label": label,
+            "class_name": tf.gather(tf.constant(list(labels)), label),
+        }
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")])
+    def image_bytes(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        return serving_default(_decode(image_bytes, image_shape))
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "examples")])
+    def examples(examples: tf.Tensor) -> dict[str, tf.Tensor]:
+        features = tf.io.parse_example(examples, {"image": tf.io.FixedLenFeature([], tf.string)})
+        return serving_default(_decode(features["image"], image_shape))
+
+    module = tf.Module(name="serving")
+    module.serving_default, module.image_bytes, module.examples = serving_default, image_bytes, examples
+    # Only these are saved: no optimizer, metrics or Keras classes, which a loader would have to know.
+    module.weights = list(serving_default.get_concrete_function().graph.variables)
+    return module
+
+
+def _image_shape(defense: Defense, labels: Sequence[str]) -> tuple[int, int, int]:
+    """Return the (height, width, channels) of a defense that can be exported with these labels."""
+    shape, classes = defense.backbone.input_shape[1:], defense.backbone.output_shape["logits"][-1]
+    if len(labels) != classes:
+        raise InputError(f"a model of {classes} classes cannot be exported with {len(labels)} labels")
+    if None in shape:
+        raise InputError(f"a model that takes images {shape} cannot be exported; give its input a fixed size")
+    if shape[2] not in _CHANNELS:
+        raise InputError(f"a model of {shape[2]} channels cannot be exported: image files have 1, 3 or 4")
+    return shape
+
+
+def _decode(encoded: tf.Tensor, image_shape: tuple[int, int, int]) -> tf.Tensor:
+    """Return the images [batch, height, width, channels] of a batch of files, in 256 levels of [0, 1]."""
+    height, width, channels = image_shape
+
+    def decode_one(file: tf.Tensor) -> tf.Tensor:
+        # Grey is made from colour, since BMP and GIF files are not decoded to one channel.
+        image = tf.io.decode_image(file, channels=max(channels, 3), expand_animations=False)
+        image = tf.ensure_shape(image, (None, None, max(channels, 3)))
+        image = tf.image.rgb_to_grayscale(image) if channels == 1 else image
+        resized = tf.image.resize(image, (height, width), antialias=True)
+        return tf.clip_by_value(tf.round(resized), 0, 255) / 255
+
+    return tf.map_fn(decode_one, encoded, fn_output_signature=tf.TensorSpec(image_shape, tf.float32))

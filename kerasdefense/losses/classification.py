@@ -1,0 +1,61 @@
+"""Losses on logits, shared by training and by the attacks' objectives."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+
+def cross_entropy(logits: tf.Tensor, label: tf.Tensor, *, smoothing: float = 0.0) -> tf.Tensor:
+    """Return the cross-entropy of the label, `-sum_c q_c log softmax(logits)_c`.
+
+    `q` puts `1 - smoothing` on the label and spreads `smoothing` evenly over all classes, the label included.
+
+    Args:
+        logits: float [batch, classes].
+        label: int [batch], in [0, classes).
+        smoothing: in [0, 1).
+
+    Returns:
+        float [batch].
+
+    Source: smoothing as in Szegedy et al. 2016, section 7. Deviations: none.
+    """
+    loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=label, logits=logits)
+    if not smoothing:
+        return loss
+    uniform = -tf.reduce_mean(tf.nn.log_softmax(logits), axis=-1)
+    return (1 - smoothing) * loss + smoothing * uniform
+
+
+def margin(logits: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
+    """Return how far the best other class is above the label, `max_{c != label} logits_c - logits_label`.
+
+    Args:
+        logits: float [batch, classes], at least two classes.
+        label: int [batch].
+
+    Returns:
+        float [batch]; positive where misclassified.
+
+    Source: Carlini & Wagner 2017, section V (f6 without its floor). Deviations: none.
+    """
+    is_label = tf.one_hot(label, tf.shape(logits)[-1], on_value=True, off_value=False, dtype=tf.bool)
+    lowest = tf.fill(tf.shape(logits), logits.dtype.min)
+    other = tf.reduce_max(tf.where(is_label, lowest, logits), axis=-1)
+    return other - tf.reduce_max(tf.where(is_label, logits, lowest), axis=-1)
+
+
+def kl_divergence(reference_logits: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    """Return `KL(softmax(reference_logits) || softmax(logits))` in nats.
+
+    Args:
+        reference_logits: float [batch, classes].
+        logits: float [batch, classes].
+
+    Returns:
+        float [batch], at least 0 up to rounding.
+
+    Source: the inner objective of TRADES, Zhang et al. 2019. Deviations: none.
+    """
+    log_reference = tf.nn.log_softmax(reference_logits)
+    return tf.reduce_sum(tf.exp(log_reference) * (log_reference - tf.nn.log_softmax(logits)), axis=-1)

@@ -1,0 +1,199 @@
+"""python -m kerasdefense.run: flags -> Run -> train | evaluate | export. Thin: the work is done elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Callable
+
+import keras
+import tensorflow as tf
+from absl import logging
+from rich.console import Console
+
+from kerasdefense import config, data, evaluation, export, flags, training
+from kerasdefense.data import Splits
+from kerasdefense.defenses import Defense
+from kerasdefense.evaluation import SUITES
+from kerasdefense.evaluation.report import note
+from kerasdefense.files import replacing, write_json, write_text
+from kerasdefense.types import InputError, UsageError
+
+CONFIG, MODEL, HISTORY = "config.cfg", "model.keras", "history.json"
+RESULTS, ADVERSARIAL = "evaluation/results.json", "evaluation/adversarial.npz"
+
+
+def train(run: config.Run, splits: Splits) -> None:
+    """Train and save config.cfg, history.json and model.keras to the run directory."""
+    run_dir = Path(run.run_dir)
+    write_text(run_dir / CONFIG, "\n".join(flags.to_lines(run)) + "\n")
+    defense, select = training.train(run, splits, run_dir)
+    selection = {"monitor": f"val_{select.monitor}", "best": select.best, "best_epoch": select.best_epoch}
+    write_json(run_dir / HISTORY, {**selection, "collapsed_epoch": select.collapsed_epoch, "epochs": select.history})
+    with replacing(run_dir / MODEL) as temporary:
+        defense.save(temporary)
+
+
+def load_defense(run: config.Run, splits: Splits) -> Defense:
+    """Return the trained model of the run directory, the one file that evaluation and export start from."""
+    path = Path(run.run_dir) / MODEL
+    if not path.is_file():
+        raise UsageError(f"there is no {path}; train first with --mode=train or --mode=all")
+    try:
+        defense = keras.models.load_model(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is not a model that Keras can load: {str(error).splitlines()[0]}") from error
+    if not isinstance(defense, Defense):
+        raise InputError(f"{path} holds a {type(defense).__name__}, not a defense of this package")
+    shape, classes = defense.backbone.input_shape[1:], defense.backbone.output_shape["logits"][-1]
+    if shape != splits.image_shape or classes != len(splits.labels):
+        found = f"{splits.name} has images {splits.image_shape} of {len(splits.labels)} classes"
+        raise InputError(
+            f"{path} takes images {shape} of {classes} classes, but {found}; use its data set or another run_dir"
+        )
+    return defense
+
+
+def evaluate(run: config.Run, splits: Splits, defense: Defense) -> dict[str, Any]:
+    """Measure the trained model, write evaluation/ and return the results."""
+    wanted = run.evaluate
+    epsilon = wanted.epsilon or run.attack.epsilon
+    examples = min(wanted.examples or splits.test.examples, splits.test.examples)
+    measured = evaluation.evaluate(
+        defense.attack_paths(),
+        splits.test.batches(wanted.chunk_size),
+        SUITES[wanted.suite](run.attack.norm, epsilon),
+        examples=examples,
+        chunk_size=wanted.chunk_size,
+        seed=wanted.seed,
+        progress=run.progress,
+        save=Path(run.run_dir) / ADVERSARIAL,
+    )
+    results = {
+        "schema_version": 1,
+        **measured,
+        "suite": wanted.suite,
+        "note": note(wanted.suite, examples),
+        "config": dataclasses.asdict(run),
+        "versions": evaluation.versions(),
+        "seed": wanted.seed,
+    }
+    evaluation.check_results(results)
+    write_json(Path(run.run_dir) / RESULTS, results)
+    return results
+
+
+def export_model(run: config.Run, splits: Splits, defense: Defense) -> Path:
+    """Write saved_model/<version>/ with its card, from the last evaluation of this run if there is one."""
+    run_dir = Path(run.run_dir)
+    results = json.loads((run_dir / RESULTS).read_text(encoding="utf-8")) if (run_dir / RESULTS).is_file() else None
+    if results is not None:
+        evaluation.check_results(results)
+    card = export.card(
+        run,
+        results=results,
+        labels=splits.labels,
+        image_shape=splits.image_shape,
+        versions=evaluation.versions(),
+    )
+    return export.save(
+        defense,
+        run_dir / "saved_model",
+        labels=splits.labels,
+        version=run.export.version,
+        card=card,
+    )
+
+
+def describe(run: config.Run, splits: Splits) -> str:
+    """Return the resolved configuration and the parameter counts, without training anything."""
+    with training.make_strategy(run.train).scope():
+        defense = training.build(run, splits)
+    count = sum(tf.size(each).numpy() for each in defense.backbone.trainable_variables)
+    lines = flags.to_lines(run)
+    lines.append(f"# images {splits.image_shape}, {len(splits.labels)} classes: {', '.join(splits.labels)}")
+    sizes = (splits.train.examples, splits.validation.examples, splits.test.examples)
+    lines.append("# {} training, {} validation and {} test images".format(*sizes))
+    lines.append(f"# {count:,} trainable parameters, {defense.backbone.count_params():,} in all")
+    return "\n".join(lines)
+
+
+def load_lines(run: config.Run, version: Path) -> str:
+    """Return the three lines that load the result."""
+    model, base = Path(run.run_dir) / MODEL, version.parent.resolve()
+    loaded = f'tf.saved_model.load("{version}").signatures["serving_default"]'
+    server = "tensorflow_model_server --rest_api_port=8501 --model_name=classifier"
+    return "\n".join(
+        (
+            f'Keras       import keras, kerasdefense; model = keras.models.load_model("{model}")',
+            f"SavedModel  import tensorflow as tf; serve = {loaded}",
+            f"TF Serving  {server} --model_base_path={base}",
+        )
+    )
+
+
+def execute(run: config.Run, console: Console) -> None:
+    """Carry out a run and print what a reader needs."""
+    splits = data.load(run.data)
+    if run.dry_run:
+        print(describe(run, splits))
+        return
+    if run.mode in ("all", "train"):
+        train(run, splits)
+    if run.mode == "train":
+        console.print(f"trained: {Path(run.run_dir) / MODEL}", highlight=False, soft_wrap=True)
+        return
+    defense = load_defense(run, splits)
+    if run.mode in ("all", "evaluate"):
+        results = evaluate(run, splits, defense)
+        console.print(evaluation.table(results, f"{run.defense.name} on {splits.name}"))
+    if run.mode in ("all", "export"):
+        version = export_model(run, splits, defense)
+        console.print(load_lines(run, version), markup=False, highlight=False, soft_wrap=True)
+
+
+def guarded(work: Callable[[], None], *, verbosity: int = 0) -> int:
+    """Do the work of a command line and return its exit code: 0 done, 2 wrong usage, 1 anything else."""
+    if verbosity < 1:
+        warnings.simplefilter("ignore")
+        logging.set_verbosity(logging.ERROR)
+        tf.get_logger().setLevel("ERROR")
+    try:
+        work()
+    except flags.HelpRequested as request:
+        print(request)
+    except KeyboardInterrupt:
+        print("interrupted; what was written so far is complete", file=sys.stderr)
+        return 130
+    except Exception as error:  # the boundary to people: one line, whatever went wrong
+        if verbosity >= 1:
+            traceback.print_exc()
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line and return its exit code."""
+    return guarded(lambda: execute(flags.parse(arguments), Console()), verbosity=flags.verbosity(arguments))
+
+
+def _one_line(error: Exception) -> str:
+    """Return what went wrong in one line; errors that are not ours carry their type and a way to see more."""
+    if isinstance(error, (UsageError, InputError)):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{where}; nothing half-written was kept"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = next((line for line in lines if "must be in [0" in line), lines[0] if lines else "no message")
+    return f"{type(error).__name__}: {said} (--verbosity=1 shows where)"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,231 @@
+"""Every built-in backbone: sizes, outputs, initial values, errors."""
+
+from __future__ import annotations
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from kerasdefense import config
+from kerasdefense.backbones import BACKBONES, blocks, build, cifar_resnet, resnet18, small_cnn, wide_resnet
+from kerasdefense.types import UsageError
+
+CLASSES = 4
+SHAPES = [(8, 8, 1), (28, 28, 1), (32, 32, 3)]
+SETTINGS = {name: {"width": 2} for name in BACKBONES} | {"wide_resnet": {"width": 1, "depth": 10}}
+BLOCKS = {"resnet8": 1, "resnet14": 2, "resnet20": 3, "resnet18": 2}
+
+
+@functools.cache
+def narrow(name, image_shape):
+    return BACKBONES[name](image_shape, CLASSES, **SETTINGS[name])
+
+
+def random_image(image_shape, batch=3):
+    return np.random.default_rng(0).uniform(size=(batch, *image_shape)).astype("float32")
+
+
+def trainable_parameters(model):
+    return sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
+
+
+def small_cnn_size(channels, width):
+    """Kernel values, and channels that are batch-normalised."""
+    kernels = 9 * width * (channels + 2 * width + 4 * width + 8 * width + 16 * width)
+    return kernels, 13 * width
+
+
+def resnet_size(channels, width, *, stages, blocks_per_stage):
+    n = blocks_per_stage
+    kernels, normalised = 9 * channels * width + n * 2 * 9 * width**2, width + 2 * n * width
+    for stage in range(1, stages):
+        wide = width * 2**stage
+        kernels += 9 * wide**2 // 2 + (2 * n - 1) * 9 * wide**2 + wide**2 // 2
+        normalised += 2 * n * wide + wide
+    return kernels, normalised
+
+
+def wide_resnet_size(channels, width, *, depth):
+    n = (depth - 4) // 6
+    kernels, normalised, narrow = 9 * channels * 16, 64 * width, 16
+    for wide in (16 * width, 32 * width, 64 * width):
+        kernels += 9 * narrow * wide + (2 * n - 1) * 9 * wide**2 + (narrow * wide if narrow != wide else 0)
+        normalised += narrow + wide + (n - 1) * 2 * wide
+        narrow = wide
+    return kernels, normalised
+
+
+def size(name, channels):
+    if name == "small_cnn":
+        return *small_cnn_size(channels, 2), 8
+    if name == "wide_resnet":
+        return *wide_resnet_size(channels, 1, depth=10), 64
+    stages = 4 if name == "resnet18" else 3
+    embedding = 2 * 2 ** (stages - 1)
+    return *resnet_size(channels, 2, stages=stages, blocks_per_stage=BLOCKS[name]), embedding
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_parameter_count_is_the_closed_form(name):
+    model = narrow(name, (32, 32, 3))
+    kernels, normalised, embedding = size(name, channels=3)
+    trainable = kernels + 2 * normalised + (embedding + 1) * CLASSES
+    assert trainable_parameters(model) == trainable
+    assert model.count_params() == trainable + 2 * normalised
+
+
+@pytest.mark.parametrize(
+    ("make", "parameters"),
+    [
+        (functools.partial(cifar_resnet, depth=8), 78_042),
+        (functools.partial(cifar_resnet, depth=20), 272_474),
+        (resnet18, 11_173_962),
+        (functools.partial(wide_resnet, depth=28, width=10), 36_479_194),
+    ],
+)
+def test_parameter_count_is_the_published_one(make, parameters):
+    assert trainable_parameters(make((32, 32, 3), 10)) == parameters
+
+
+@pytest.mark.parametrize("image_shape", SHAPES)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbone_has_the_named_outputs(name, image_shape):
+    model = narrow(name, image_shape)
+    side, width = image_shape[0], size(name, channels=1)[-1]
+    side = -(-side // 8) if name == "resnet18" else -(-side // 4)
+    assert model.input_shape == (None, *image_shape)
+    assert model.inputs[0].name == "image"
+    assert model.output_shape == {
+        "feature_map": (None, side, side, width),
+        "embedding": (None, width),
+        "logits": (None, CLASSES),
+    }
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_embedding_is_the_mean_of_the_feature_map_and_logits_its_affine_map(name):
+    model = narrow(name, (8, 8, 1))
+    logits = model.get_layer("logits")
+    logits.bias.assign(np.arange(CLASSES, dtype="float32"))
+    outputs = {key: value.numpy() for key, value in model(random_image((8, 8, 1))).items()}
+    assert outputs["embedding"].std() > 0
+    np.testing.assert_allclose(outputs["embedding"], outputs["feature_map"].mean(axis=(1, 2)), atol=1e-6)
+    expected = outputs["embedding"] @ logits.kernel.numpy() + logits.bias.numpy()
+    np.testing.assert_allclose(outputs["logits"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "resnet8", "wide_resnet"])
+def test_backbone_comes_back_from_its_file(name, tmp_path):
+    model, image = narrow(name, (8, 8, 1)), random_image((8, 8, 1))
+    model(image, training=True)  # moves the running statistics
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    tf.nest.map_structure(np.testing.assert_array_equal, again(image), model(image))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_convolutions_have_no_bias_and_batch_normalisation_is_fused(name):
+    layers = narrow(name, (8, 8, 1)).layers
+    assert not any(layer.use_bias for layer in layers if isinstance(layer, keras.layers.Conv2D))
+    batch_normalisations = [each for each in layers if isinstance(each, keras.layers.BatchNormalization)]
+    assert batch_normalisations
+    for layer in batch_normalisations:
+        assert (layer.momentum, layer.epsilon) == (0.9, 1e-5)
+        assert layer.fused
+        assert not layer.synchronized
+
+
+def test_batch_normalisation_is_synchronized_over_replicas():
+    devices = [device.name for device in tf.config.list_logical_devices("CPU")]
+    assert len(devices) == 2
+    with tf.distribute.MirroredStrategy(devices).scope():
+        model = small_cnn((8, 8, 1), CLASSES, width=1)
+    layers = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    assert len(layers) == 5
+    assert all(layer.synchronized for layer in layers)
+
+
+def test_kernels_are_he_normal():
+    model = cifar_resnet((8, 8, 1), CLASSES, depth=8, width=16)
+    kernel = model.get_layer("stage3_block1_2_conv").kernel.numpy()
+    assert kernel.shape == (3, 3, 64, 64)
+    np.testing.assert_allclose(kernel.std(), np.sqrt(2 / (9 * 64)), rtol=0.03)
+
+
+def test_normalisation_maps_images_by_fixed_constants():
+    model = narrow("small_cnn", (32, 32, 3))
+    normalise = keras.Model(model.input, model.get_layer("normalisation").output)
+    image = random_image((32, 32, 3))
+    np.testing.assert_allclose(normalise(image), (image - 0.5) / 0.25, atol=1e-6)
+
+
+def test_normalisation_can_be_given():
+    mean, std = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2471, 0.2435, 0.2616])
+    layer = keras.layers.Normalization(mean=mean, variance=std**2)
+    model = small_cnn((8, 8, 3), CLASSES, width=1, normalisation=layer)
+    image = random_image((8, 8, 3))
+    normalised = keras.Model(model.input, model.get_layer("block1_conv").input)(image)
+    np.testing.assert_allclose(normalised, (image - mean) / std, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [7, 8])
+def test_strided_convolution_is_centred_on_the_pixels_of_the_shortcut(side):
+    image = keras.Input((side, side, 1))
+    model = keras.Model(image, blocks.convolution(image, 1, 3, stride=2, name="conv"))
+    kernel = np.zeros((3, 3, 1, 1), "float32")
+    kernel[1, 1] = 1
+    model.set_weights([kernel])
+    pixels = random_image((side, side, 1))
+    np.testing.assert_array_equal(model(pixels), pixels[:, ::2, ::2])
+
+
+def test_logits_are_float32_under_mixed_precision():
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        model = small_cnn((8, 8, 1), CLASSES, width=1)
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    outputs = model(random_image((8, 8, 1)))
+    assert outputs["feature_map"].dtype == tf.bfloat16
+    assert outputs["logits"].dtype == tf.float32
+
+
+def test_build_takes_name_width_and_depth_from_the_configuration():
+    backbone = config.Backbone(name="wide_resnet", width=2, depth=10)
+    model = build(backbone, image_shape=(8, 8, 1), classes=CLASSES)
+    assert model.name == "wide_resnet_10_2"
+    model = build(config.Backbone(name="resnet8", width=3), image_shape=(8, 8, 1), classes=5)
+    assert model.name == "resnet8"
+    assert model.output_shape["embedding"] == (None, 12)
+    assert model.output_shape["logits"] == (None, 5)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "classes", "image_shape", "message"),
+    [
+        (
+            config.Backbone(name="resnet9"),
+            2,
+            (8, 8, 1),
+            "unknown backbone 'resnet9'; valid: .*resnet8.*wide_resnet",
+        ),
+        (config.Backbone(width=0), 2, (8, 8, 1), "width .* at least 1, not 0"),
+        (config.Backbone(), 1, (8, 8, 1), "at least 2 classes, not 1"),
+        (config.Backbone(), 2, (8, 8), r"image_shape must be \(height, width, channels\)"),
+        (config.Backbone(), 2, (8, 0, 1), r"each at least 1, not \(8, 0, 1\)"),
+        (config.Backbone(name="wide_resnet", depth=17), 2, (8, 8, 1), r"6n \+ 4 .*, not 17"),
+        (config.Backbone(name="wide_resnet", depth=4), 2, (8, 8, 1), r"6n \+ 4 .*, not 4"),
+    ],
+)
+def test_build_refuses(backbone, classes, image_shape, message):
+    with pytest.raises(UsageError, match=message):
+        build(backbone, image_shape=image_shape, classes=classes)
+
+
+@pytest.mark.parametrize("depth", [2, 9])
+def test_cifar_resnet_refuses_other_depths(depth):
+    with pytest.raises(UsageError, match=rf"6n \+ 2 .*, not {depth}"):
+        cifar_resnet((8, 8, 1), 2, depth=depth)

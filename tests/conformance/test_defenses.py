@@ -1,0 +1,161 @@
+"""One suite over every entry of DEFENSES: each is described once, in CASES, and must pass everything here."""
+
+import inspect
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from kerasdefense import backbones, config
+from kerasdefense.attacks import FGSMRS, PGD, seeds
+from kerasdefense.defenses import DEFENSES, Defense
+
+SHAPE, CLASSES, BATCH = (8, 8, 1), 3, 8
+CASES = {
+    "fgsm_rs": {"attack": FGSMRS(epsilon=0.1)},
+    "pgd_at": {"attack": PGD(epsilon=0.1, steps=2, keep="last")},
+    "standard": {"attack": PGD(epsilon=0.1, steps=2, keep="last")},
+}
+
+
+def make(name, optimizer=None, **kwargs):
+    keras.utils.set_random_seed(3)
+    backbone = backbones.build(config.Backbone(name="small_cnn", width=4), image_shape=SHAPE, classes=CLASSES)
+    validation = PGD(epsilon=0.1, steps=2, keep="last")
+    defense = DEFENSES[name](backbone, validation_attack=validation, **CASES[name], **kwargs)
+    defense.compile(optimizer or keras.optimizers.SGD(0.1, momentum=0.9))
+    return defense
+
+
+def make_data(batches=2):
+    random = np.random.default_rng(5)
+    label = random.integers(CLASSES, size=batches * BATCH).astype(np.int32)
+    image = random.uniform(size=(batches * BATCH, *SHAPE)).astype(np.float32)
+    image[:, :4] *= label[:, None, None, None] / CLASSES  # something to learn
+    return {"image": image, "label": label, "index": np.arange(len(label), dtype=np.int32)}
+
+
+def dataset(data):
+    return tf.data.Dataset.from_tensor_slices(data).batch(BATCH)
+
+
+def test_cases_cover_registry():
+    assert set(CASES) == set(DEFENSES)
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+class TestDefense:
+    def test_config_holds_every_constructor_argument(self, name):
+        arguments = {
+            parameter.name
+            for kind in (DEFENSES[name], Defense)
+            for parameter in inspect.signature(kind.__init__).parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD and parameter.name != "self"
+        }
+        defense = make(name, objective="margin", label_smoothing=0.1, seed=11)
+        held = defense.get_config()
+        assert arguments <= set(held)
+        rebuilt = type(defense).from_config(held)
+        assert rebuilt.attack == defense.attack and rebuilt.validation_attack == defense.validation_attack
+        assert (rebuilt.objective, rebuilt.label_smoothing, rebuilt.seed) == ("margin", 0.1, 11)
+
+    def test_keras_file_restores_model_and_optimizer(self, name, tmp_path):
+        data = make_data()
+        defense = make(name)
+        defense.fit(dataset(data), verbose=0)
+        defense.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        assert type(loaded) is DEFENSES[name] and loaded.attack == defense.attack
+        np.testing.assert_array_equal(loaded(data["image"]), defense(data["image"]))
+        for restored, original in zip(loaded.optimizer.variables, defense.optimizer.variables):
+            np.testing.assert_array_equal(restored, original)
+        assert int(loaded.step) == int(defense.step) == 2
+        for model in (loaded, defense):  # training goes on alike
+            model.fit(dataset(data), verbose=0)
+        np.testing.assert_allclose(loaded(data["image"]), defense(data["image"]), atol=1e-5)
+
+    def test_fit_takes_plain_pairs(self, name):
+        data = make_data()
+        by_dict, by_pair = make(name), make(name)
+        by_dict.fit(dataset(data), verbose=0)
+        history = by_pair.fit(
+            data["image"], data["label"], batch_size=BATCH, shuffle=False, verbose=0
+        ).history
+        assert set(by_pair.terms) <= set(history)
+        if name == "standard":  # no random start, so that the missing indices change nothing
+            np.testing.assert_allclose(by_pair(data["image"]), by_dict(data["image"]), atol=1e-6)
+
+    def test_training_learns(self, name):
+        data = make_data(4)
+        defense = make(name, keras.optimizers.Adam(0.01))
+        before = defense.evaluate(dataset(data), verbose=0, return_dict=True)
+        defense.fit(dataset(data), epochs=20, verbose=0)
+        after = defense.evaluate(dataset(data), verbose=0, return_dict=True)
+        assert after["clean_accuracy"] > max(before["clean_accuracy"], 0.6)
+        assert after["adversarial_accuracy"] <= after["clean_accuracy"]
+
+    def test_paths_give_differentiable_logits(self, name):
+        data = make_data()
+        paths = make(name).attack_paths()
+        assert "exact" in paths
+        seed = seeds.per_example(0, 0, tf.constant(data["index"]))
+        for path in paths.values():
+            image = tf.constant(data["image"])
+            with tf.GradientTape() as tape:
+                tape.watch(image)
+                logits = path(image, seed)
+            assert logits.shape == (len(data["label"]), CLASSES)
+            assert np.abs(tape.gradient(logits, image)).max() > 0
+
+    def test_call_and_activations_agree(self, name):
+        image = make_data()["image"]
+        defense = make(name)
+        activations = defense.activations(image)
+        assert set(activations) == {"feature_map", "embedding", "logits"}
+        np.testing.assert_allclose(activations["logits"], defense(image), atol=1e-6)
+
+    def test_attack_changes_no_variable(self, name):
+        data = make_data()
+        defense = make(name)
+        before = [variable.numpy() for variable in defense.variables]
+        batch = defense.unpack(data)
+        image_adv = defense.craft(batch, defense.attack)
+        assert 0 < np.abs(image_adv - data["image"]).max() <= defense.attack.epsilon * (1 + 1e-5) + 1e-7
+        for variable, value in zip(defense.variables, before):
+            np.testing.assert_array_equal(variable, value)
+
+    def test_two_replicas_equal_one(self, name):
+        data = make_data(1)
+        weights = []
+        for devices in (1, 2):
+            names = [device.name for device in tf.config.list_logical_devices("CPU")][:devices]
+            with tf.distribute.MirroredStrategy(names).scope():
+                defense = make(name, keras.optimizers.SGD(0.1))
+            history = defense.fit(dataset(data), verbose=0).history
+            weights.append(defense.get_weights())
+            weights[-1].append(
+                np.array([history[key][0] for key in sorted(history)])
+            )  # the mean over both replicas
+        for one, two in zip(*weights):
+            np.testing.assert_allclose(one, two, atol=1e-5)
+
+    def test_no_retrace_after_first_step(self, name):
+        defense = make(name)
+        train = defense.make_train_function()
+        for _ in range(3):
+            train(iter(dataset(make_data())))
+        assert defense.train_tf_function.experimental_get_tracing_count() == 1
+
+    def test_bad_batches_stop_with_a_reason(self, name):
+        data = make_data(1)
+        defense = make(name)
+        bright = {**data, "image": data["image"] * 255}
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"images must be in \[0, 1\]"):
+            defense.fit(dataset(bright), verbose=0)
+        missing = {**data, "image": np.full_like(data["image"], np.nan)}
+        with pytest.raises(tf.errors.InvalidArgumentError, match="not NaN"):
+            defense.fit(dataset(missing), verbose=0)
+        unknown = {**data, "label": data["label"] + CLASSES}
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"labels must be in \[0, 3\)"):
+            defense.fit(dataset(unknown), verbose=0)
