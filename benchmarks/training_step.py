@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
+import importlib.metadata
 import io
-import statistics
-import time
-from typing import Any, Callable, NamedTuple, Optional
+import warnings
+from typing import Callable, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 from cleverhans.tf2.attacks.projected_gradient_descent import projected_gradient_descent
 
+from benchmarks.timing import Step, Timing, time_in_turns
 from kerasdefense import backbones, config, defenses, training
 
 CLASSES = 10
 EPSILON = 8 / 255
-WARM_UP = 2
-
-Step = Callable[[], Any]
-"""Does one training step and returns what must be there before the clock stops."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,47 +65,32 @@ class Case:
 
 
 class Measurement(NamedTuple):
-    """Seconds of each contender in each round, and how often each train function of ours was traced again."""
+    """Times of the floor, of ours per strategy and of the others; traces of ours after its first step."""
 
-    seconds: dict[str, list[float]]
+    timing: Timing
     retraces: dict[str, int]
 
-    def median(self, name: str) -> float:
-        """Return the median seconds of one step."""
-        return statistics.median(self.seconds[name])
 
-    def ratio(self, name: str, other: str) -> float:
-        """Return the median over rounds of how many times longer `name` took than `other` in the same round."""
-        return statistics.median(a / b for a, b in zip(self.seconds[name], self.seconds[other]))
+def measure(case: Case, rounds: int) -> Measurement:
+    """Time a step of all contenders in turns, after two to trace them and warm up."""
+    ours = {name: Ours(case, strategy) for name, strategy in strategies().items()}
+    steps: dict[str, Step] = {"floor": floor(case), **ours, "cleverhans": cleverhans(case)}
+    if has_art():
+        steps["ART"] = art(case)
+    time_in_turns(steps, rounds=1)
+    traces = {name: one.traces() for name, one in ours.items()}
+    time_in_turns(steps, rounds=1)
+    timing = time_in_turns(steps, rounds)
+    return Measurement(timing, {name: one.traces() - traces[name] for name, one in ours.items()})
 
 
 def has_art() -> bool:
     """Return whether the Adversarial Robustness Toolbox is installed."""
-    return importlib.util.find_spec("art") is not None
-
-
-def measure(case: Case, rounds: int) -> Measurement:
-    """Time all contenders in turns, each round beginning with another one."""
-    ours = {f"ours, {name}": Ours(case, strategy) for name, strategy in strategies().items()}
-    contenders: dict[str, Step] = {"floor": floor(case), **ours, "cleverhans": cleverhans(case)}
-    if has_art():
-        contenders["ART"] = art(case)
-    first_traces = {}
-    for name, step in contenders.items():
-        step()
-        if name in ours:
-            first_traces[name] = ours[name].traces()
-        for _ in range(WARM_UP - 1):
-            step()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
-    for each in range(rounds):
-        first = each % len(names)
-        for name in names[first:] + names[:first]:
-            start = time.perf_counter()
-            contenders[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return Measurement(seconds, {name: one.traces() - first_traces[name] for name, one in ours.items()})
+    try:
+        importlib.metadata.version("adversarial-robustness-toolbox")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def strategies() -> dict[str, tf.distribute.Strategy]:
@@ -170,7 +151,7 @@ def floor(case: Case) -> Step:
     return step
 
 
-def make_update(case: Case) -> Callable[..., None]:
+def make_update(case: Case) -> Callable[..., tf.Tensor]:
     """Return the compiled step on the weights that the other libraries' attacks drive; no metrics."""
     optimizer = case.make_optimizer()
 
@@ -207,8 +188,10 @@ def cleverhans(case: Case) -> Step:
 
 def art(case: Case) -> Step:
     """Return the adversarial trainer of the Adversarial Robustness Toolbox, on one batch, its update compiled."""
-    from art.defences.trainer import AdversarialTrainerMadryPGD
-    from art.estimators.classification import TensorFlowV2Classifier
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that PyTorch is not installed
+        from art.defences.trainer import AdversarialTrainerMadryPGD
+        from art.estimators.classification import TensorFlowV2Classifier
 
     classifier = TensorFlowV2Classifier(
         model=case.make_classifier(),

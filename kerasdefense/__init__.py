@@ -15,6 +15,7 @@ from kerasdefense.backbones import as_backbone
 from kerasdefense.config import Run
 from kerasdefense.defenses import FGSMRSAT, PGDAT, Defense, Standard
 from kerasdefense.evaluation import evaluate
+from kerasdefense.training import train
 from kerasdefense.types import InputError, UsageError
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "UsageError",
     "as_backbone",
     "evaluate",
+    "train",
 ]

@@ -36,7 +36,16 @@ def train(run: config.Run, splits: Splits) -> None:
     selection = {"monitor": f"val_{select.monitor}", "best": select.best, "best_epoch": select.best_epoch}
     write_json(run_dir / HISTORY, {**selection, "collapsed_epoch": select.collapsed_epoch, "epochs": select.history})
     with replacing(run_dir / MODEL) as temporary:
-        defense.save(temporary)
+        (defense if run.export.optimizer else _without_optimizer(defense)).save(temporary)
+    for measured in (RESULTS, ADVERSARIAL):  # of the model that was there before
+        (run_dir / measured).unlink(missing_ok=True)
+
+
+def _without_optimizer(defense: Defense) -> Defense:
+    """Return a copy that was never compiled."""
+    copy = type(defense).from_config(defense.get_config())
+    copy.set_weights(defense.get_weights())
+    return copy
 
 
 def load_defense(run: config.Run, splits: Splits) -> Defense:

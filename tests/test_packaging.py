@@ -95,9 +95,7 @@ def test_lock_is_within_the_published_ranges(name, extras):
     ]
     wanted = [one for text in texts for one in requirements(text)]
     outside = {
-        str(one): versions.get(one.name)
-        for one in wanted
-        if not one.specifier.contains(versions.get(one.name, "0"))
+        str(one): versions.get(one.name) for one in wanted if not one.specifier.contains(versions.get(one.name, "0"))
     }
     assert len(wanted) > 10
     assert outside == {}
@@ -109,9 +107,7 @@ def test_changelog_has_an_entry_for_the_version():
 
 def test_wheel_holds_every_file_of_the_package_and_nothing_else(tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(
-        ROOT / "kerasdefense", source / "kerasdefense", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(ROOT / "kerasdefense", source / "kerasdefense", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     build = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"

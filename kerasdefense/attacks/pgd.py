@@ -142,7 +142,8 @@ class PGD(Attack):
             tape.watch(state.image)
             loss = loss_fn(state.image, context)
         gradient = tape.gradient(loss, state.image, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        moved = state.image + self.length * norms.direction(gradient, self.norm)
+        # Clipped first, or the projection on l2 would shrink every pixel on account of those that the box stops.
+        moved = tf.clip_by_value(state.image + self.length * norms.direction(gradient, self.norm), 0.0, 1.0)
         return PGDState(
             image=norms.project(moved, image, epsilon=self.epsilon, norm=self.norm),
             best=better(state.best, self._tried(state.image, loss, context, success_fn)),

@@ -7,6 +7,8 @@ import difflib
 import functools
 import io
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -91,13 +93,11 @@ def _keys(builder: Any) -> tuple[str, str]:
 def _prepare(builder: Any) -> None:
     """Write the set to its data directory, where TFDS will find it from then on."""
     bundled = isinstance(builder, Digits)
-    if not bundled:
-        size = builder.info.download_size or sum(info.size for info in (builder.url_infos or {}).values())
-        shown = f"{size / 2**20:,.0f} MiB" if size else "size unknown"
-        print(f"downloading {builder.info.full_name} ({shown}) into {builder.data_path}", flush=True)
     silence = io.StringIO()
     errors = silence if bundled else sys.stderr
     try:
+        if not bundled:
+            _announce_download(builder)
         with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(errors):
             builder.download_and_prepare()
     except Exception as error:
@@ -107,6 +107,17 @@ def _prepare(builder: Any) -> None:
                 f"cannot prepare {builder.info.full_name} in {builder.data_path}: {first_line(error)}; "
                 f"pass the TFDS folder that holds it, or can be written, as --data_dir"
             ) from error
+
+
+def _announce_download(builder: Any) -> None:
+    """Say what is downloaded to where; raise at once, not after minutes of retries, where there is no network."""
+    files = builder.url_infos or {}
+    size = builder.info.download_size or sum(info.size for info in files.values())
+    shown = f"{size / 2**20:,.0f} MiB" if size else "size unknown"
+    print(f"downloading {builder.info.full_name} ({shown}) into {builder.data_path}", flush=True)
+    for url in [url for url in files if url.startswith("http")][:1]:
+        with contextlib.suppress(urllib.error.HTTPError):
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=20).close()
 
 
 def _image_shape(builder: Any, image_key: str, image_size: int) -> ImageShape:

@@ -93,7 +93,9 @@ class Search:
         if self.attack.takes == "loss":
             self._compile()
         else:
+            # One function object (a method would be a new one at each access), for attacks that compile its gradient.
             self._path_seed = tf.Variable(tf.zeros([0, 2], tf.int32), shape=[None, 2], trainable=False)
+            self._logits = lambda image: path(image, self._path_seed)
 
     def _compile(self) -> None:
         attack, path, objective = self.attack, self._path, OBJECTIVES[self.objective]
@@ -136,7 +138,3 @@ class Search:
                 state = self._step(state, image, context)
             found = self._finish(state, context)
         return found.numpy()[: len(chunk.label)]
-
-    def _logits(self, image: tf.Tensor) -> tf.Tensor:
-        """Return logits by the path: one function object for the attacks that take logits and compile its gradient."""
-        return self._path(image, self._path_seed)

@@ -44,17 +44,12 @@ def save(defense: Defense, folder: Path, *, labels: Sequence[str], version: int,
     """
     path = folder / str(_version(folder, version))
     module = serving_module(defense, labels)
-    try:
-        with replacing(path) as temporary:
-            _write(module, temporary, labels)
-            _compare(defense, temporary)
-            complete = {**card, "files": digests(temporary)}
-            check_card(complete)
-            write_json(temporary / CARD, complete)
-    except tf.errors.OpError as error:  # how TensorFlow reports what the file system says
-        code = errno.ENOSPC if isinstance(error, tf.errors.ResourceExhaustedError) else errno.EIO
-        said = error.message.splitlines()[0]
-        raise OSError(code, f"the SavedModel could not be written: {said}", str(path)) from error
+    with replacing(path) as temporary:
+        _write(module, temporary, labels)
+        _compare(defense, temporary)
+        complete = {**card, "files": digests(temporary)}
+        check_card(complete)
+        write_json(temporary / CARD, complete)
     return path
 
 
@@ -82,7 +77,12 @@ def _write(module: tf.Module, path: Path, labels: Sequence[str]) -> None:
     source.write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
     module.labels = tf.saved_model.Asset(str(source))
     signatures = {name: getattr(module, name) for name in SIGNATURES}
-    tf.saved_model.save(module, str(path), signatures=signatures)
+    try:
+        tf.saved_model.save(module, str(path), signatures=signatures)
+    except tf.errors.OpError as error:  # how TensorFlow reports what the file system says, after the file's name
+        code = errno.ENOSPC if isinstance(error, tf.errors.ResourceExhaustedError) else errno.EIO
+        said = error.message.split("; ")[-1].split(" [Op:")[0]
+        raise OSError(code, f"the SavedModel could not be written: {said}") from error
 
 
 def _compare(defense: Defense, path: Path) -> None:

@@ -90,7 +90,7 @@ MODELS = [
 
 
 def assert_same_classifier(backbone, model, *, image, image_for_model=None):
-    """Same answers, from the same variables, as logits."""
+    """Same answers, from the same variables, as logits; returns the outputs."""
     outputs = backbone(image)
     expected = model(image if image_for_model is None else image_for_model).numpy()
     if np.allclose(expected.sum(axis=1), 1):
@@ -101,6 +101,7 @@ def assert_same_classifier(backbone, model, *, image, image_for_model=None):
     logits = backbone.get_layer("logits")
     affine = outputs["embedding"] @ logits.kernel + (0 if logits.bias is None else logits.bias)
     np.testing.assert_allclose(outputs["logits"], affine, atol=1e-5)
+    return outputs
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -112,24 +113,36 @@ def test_as_backbone_gives_the_logits_of_the_model(make):
     assert backbone.inputs[0].name == "image"
     assert backbone.input_shape == model.input_shape
     assert set(backbone.output_shape) == {"feature_map", "embedding", "logits"}
-    assert_same_classifier(backbone, model, image=image)
+    outputs = assert_same_classifier(backbone, model, image=image)
     np.testing.assert_array_equal(model(image), before)
-    feature_map, embedding = backbone(image)["feature_map"], backbone(image)["embedding"]
+    feature_map = outputs["feature_map"]
     assert feature_map.shape[1] > 1
     if make is not functional_kept_dimensions:
-        np.testing.assert_allclose(embedding, tf.reduce_mean(feature_map, axis=(1, 2)), atol=1e-6)
+        np.testing.assert_allclose(outputs["embedding"], tf.reduce_mean(feature_map, axis=(1, 2)), atol=1e-6)
 
 
 def test_as_backbone_takes_mobilenet():
     model = keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3), classes=5, alpha=0.35)
-    backbone = as_backbone(model, preprocess=layers.Rescaling(2, offset=-1))
     image = random_image(32)
+    for layer in model.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            layer.momentum = 0.0
+    model(2 * image - 1, training=True)  # sets the statistics: without them every image has the same logits
+    backbone = as_backbone(model, preprocess=layers.Rescaling(2, offset=-1))
+    assert not np.allclose(model(image), model(2 * image - 1), atol=0.01)
     assert_same_classifier(backbone, model, image=image, image_for_model=2 * image - 1)
     assert backbone.output_shape == {
         "feature_map": (None, 1, 1, 1280),
         "embedding": (None, 1280),
         "logits": (None, 5),
     }
+
+
+def test_preprocess_maps_images_to_what_the_model_takes():
+    model, image = functional_with_softmax_layer(), random_image()
+    backbone = as_backbone(model, preprocess=layers.Rescaling(255))
+    assert not np.allclose(model(image), model(255 * image), atol=0.01)
+    assert_same_classifier(backbone, model, image=image, image_for_model=255 * image)
 
 
 @pytest.mark.parametrize("make", [functional_with_softmax_layer, sequential_with_nested_pooling])

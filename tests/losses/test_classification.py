@@ -32,9 +32,7 @@ def test_cross_entropy_with_smoothing_matches_smoothed_one_hot_labels(seed, clas
     logits, label = draw(seed, classes, 3.0)
     target = (1 - smoothing) * np.eye(classes)[label] + smoothing / classes
     expected = -np.sum(target * scipy.special.log_softmax(logits.numpy().astype(np.float64), axis=1), axis=1)
-    np.testing.assert_allclose(
-        losses.cross_entropy(logits, label, smoothing=smoothing), expected, rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(losses.cross_entropy(logits, label, smoothing=smoothing), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

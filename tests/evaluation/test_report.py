@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from kerasdefense.attacks import FGSM
+from kerasdefense.evaluation import PlannedAttack, accuracy_interval, check_results, evaluate, table, versions
+from kerasdefense.evaluation.report import note, radius
+from kerasdefense.types import InputError
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Return the results of a small evaluation, as run.py completes them."""
+    random = np.random.default_rng(0)
+    image = random.uniform(size=[8, 4, 4, 1]).astype(np.float32)
+    weights = random.normal(size=[16, 3]).astype(np.float32)
+    label = np.argmax(image.reshape(8, 16) @ weights, axis=1).astype(np.int32)
+    elements = {"image": image, "label": label, "index": np.arange(8, dtype=np.int32)}
+    measured = evaluate(
+        {
+            "exact": lambda image, seed: tf.reshape(image, [-1, 16]) @ weights,
+            "smoothed": lambda image, seed: -image[:, 0, :3, 0],
+        },
+        tf.data.Dataset.from_tensor_slices(elements).batch(8),
+        [PlannedAttack("fgsm", FGSM("linf", 32 / 255))],
+    )
+    rest = {"suite": "quick", "note": note("quick", 8), "config": {}, "versions": versions(), "seed": 0}
+    return {"schema_version": 1, **measured, **rest}
+
+
+@given(st.integers(1, 500), st.floats(0, 1))
+def test_accuracy_interval_is_wilsons(total, share):
+    count = round(share * total)
+    right = np.arange(total) < count
+    z = 1.959963984540054
+    center = (count + z**2 / 2) / (total + z**2)
+    half = z / (total + z**2) * math.sqrt(count * (total - count) / total + z**2 / 4)
+    interval = accuracy_interval(right)
+    assert interval["value"] == count / total and interval["n"] == total
+    np.testing.assert_allclose(interval["ci95"], [max(center - half, 0), min(center + half, 1)], atol=1e-9)
+
+
+def test_accuracy_interval_of_a_published_example():
+    """Wilson 1927 on 81 of 263, as in Brown, Cai and DasGupta's and Newcombe's tables: 0.2553 to 0.3662."""
+    interval = accuracy_interval(np.arange(263) < 81)["ci95"]
+    assert [round(bound, 4) for bound in interval] == [0.2553, 0.3662]
+
+
+def test_results_follow_the_schema_and_survive_json(results):
+    check_results(results)
+    check_results(json.loads(json.dumps(results)))
+
+
+def broken(results, path, value):
+    changed = copy.deepcopy(results)
+    inner = changed
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is None:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    "path, value, where",
+    [
+        (["robust_accuracy"], None, "robust_accuracy"),
+        (["robust_accuracy", "value"], 1.2, r"\$.robust_accuracy.value"),
+        (["clean_accuracy", "n"], 0, r"\$.clean_accuracy.n"),
+        (["clean_accuracy", "ci95"], [0.1], r"\$.clean_accuracy.ci95"),
+        (["clean_accuracy", "ci95"], [0.1, 2], r"\$.clean_accuracy.ci95\[1\]"),
+        (["attacks"], [], r"\$.attacks"),
+        (["attacks", 0, "cascaded_accuracy"], None, "cascaded_accuracy"),
+        (["attacks", 1, "threat_model", "norm"], "l7", r"\$.attacks\[1\].threat_model.norm"),
+        (["attacks", 0, "seconds"], -1, r"\$.attacks\[0\].seconds"),
+        (["schema_version"], 2, r"\$.schema_version"),
+        (["seed"], "zero", r"\$.seed"),
+        (["versions", "keras"], 2, r"\$.versions.keras"),
+        (["config"], None, "config"),
+    ],
+)
+def test_results_that_break_the_schema_are_refused(results, path, value, where):
+    with pytest.raises(InputError, match=f"results.json does not follow its schema: .*{where}"):
+        check_results(broken(results, path, value))
+
+
+def test_table_shows_every_attack_the_worst_case_and_how_many_images(results):
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(results, "standard on digits"))
+    text = " ".join(console.export_text().split())
+    clean, robust = results["clean_accuracy"]["value"], results["robust_accuracy"]["value"]
+    assert clean == 1 and 0 < robust < 1
+    for words in (
+        "standard on digits",
+        "clean",
+        "100.0 %",
+        "after fgsm ",
+        "after fgsm via smoothed",
+        "robust: after the worst of all",
+        f"{100 * robust:.1f} %",
+        "linf ball of radius 32/255, n = 8, seed 0",
+        "Preliminary, fewer than 1000 images. Suite quick: not an AutoAttack result",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    "epsilon, words", [(8 / 255, "8/255"), (1.0, "255/255"), (0.5, "0.5"), (0.15, "0.15"), (0.0, "0/255")]
+)
+def test_radius_is_written_as_people_do(epsilon, words):
+    assert radius(epsilon) == words
+
+
+def test_note_calls_few_images_preliminary():
+    assert note("quick", 999).startswith("Preliminary") and not note("quick", 1000).startswith("Preliminary")
+
+
+def test_versions_name_what_the_figures_depend_on():
+    found = versions()
+    assert found["tensorflow"] == tf.__version__ and found["numpy"] == np.__version__
+    assert {"kerasdefense", "keras", "cleverhans", "python"} <= set(found)

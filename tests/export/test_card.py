@@ -1,0 +1,118 @@
+import copy
+import json
+
+import pytest
+
+from kerasdefense import InputError, config, export
+from kerasdefense.defenses import DEFENSES
+
+ACCURACY = {"value": 0.5, "n": 10, "ci95": [0.2, 0.8]}
+RESULTS = {
+    "schema_version": 1,
+    "clean_accuracy": {"value": 0.9, "n": 10, "ci95": [0.6, 0.98]},
+    "robust_accuracy": ACCURACY,
+    "attacks": [{"name": "pgd20", "path": "exact", "threat_model": {"norm": "linf", "epsilon": 0.2}}],
+    "suite": "standard",
+    "note": "Preliminary.",
+    "config": {},
+    "versions": {"python": "3.10"},
+    "seed": 3,
+}
+
+
+def make_card(results=RESULTS, **sections):
+    run = config.Run(**sections)
+    return export.card(run, results=results, labels=("0", "1"), image_shape=(8, 8, 1), versions={"python": "3.10"})
+
+
+def complete(card):
+    return {**card, "files": {"saved_model.pb": "0" * 64, "variables/variables.index": "f" * 64}}
+
+
+@pytest.mark.parametrize("results", [RESULTS, None], ids=["evaluated", "not_evaluated"])
+def test_card_follows_the_schema(results):
+    card = complete(make_card(results))
+    export.check_card(card)
+    export.check_card(json.loads(json.dumps(card)))
+
+
+def test_card_says_what_the_run_was():
+    card = make_card(
+        data=config.Data(name="cifar10", open_set_split="2"),
+        attack=config.Attack(norm="l2", epsilon=0.5),
+        defense=config.Defense(name="pgd_at"),
+        backbone=config.Backbone(name="resnet14"),
+        train=config.Train(seed=5),
+    )
+    assert card["name"] == "pgd_at on cifar10"
+    assert card["threat_model"] == {"norm": "l2", "epsilon": 0.5}
+    assert card["data"] == {
+        "name": "cifar10",
+        "image_shape": [8, 8, 1],
+        "classes": 2,
+        "labels": ["0", "1"],
+        "open_set_split": "2",
+    }
+    assert card["backbone"] == "resnet14" and card["seed"] == 5 and card["config"]["train"]["seed"] == 5
+    assert card["versions"] == {"python": "3.10"}
+    assert card["defense"]["deviations"].startswith("BatchNormalization is in inference mode while crafting (the")
+
+
+def test_card_carries_figures_with_their_own_threat_model():
+    assert make_card()["figures"] == {
+        "clean_accuracy": RESULTS["clean_accuracy"],
+        "robust_accuracy": ACCURACY,
+        "threat_model": {"norm": "linf", "epsilon": 0.2},
+        "suite": "standard",
+        "note": "Preliminary.",
+        "seed": 3,
+    }
+    assert make_card(results=None)["figures"] is None
+
+
+def test_card_names_the_file_of_an_own_model_without_its_folder():
+    assert make_card(backbone=config.Backbone(path="some/where/mine.keras"))["backbone"] == "mine.keras"
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_every_defense_states_its_deviations(name):
+    deviations = make_card(defense=config.Defense(name=name))["defense"]["deviations"]
+    assert deviations != "not stated" and "\n" not in deviations and "Source" not in deviations
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("files", {"saved_model.pb": "abc"}),
+        ("files", {"../saved_model.pb": "0" * 64}),
+        ("files", {"/saved_model.pb": "0" * 64}),
+        ("files", {}),
+        ("schema_version", 2),
+        ("threat_model.norm", "l1"),
+        ("threat_model.epsilon", -0.1),
+        ("data.image_shape", [8, 8]),
+        ("data.labels", []),
+        ("figures.clean_accuracy.value", 1.5),
+        ("figures.robust_accuracy.ci95", [0.5]),
+        ("figures.robust_accuracy.n", 0),
+        ("versions", {}),
+        ("seed", None),
+    ],
+)
+def test_schema_rejects_a_wrong_value(place, value):
+    card = copy.deepcopy(complete(make_card()))
+    *parents, last = place.split(".")
+    part = card
+    for key in parents:
+        part = part[key]
+    part[last] = value
+    with pytest.raises(InputError, match=rf"card\.json does not follow its schema: \$\.{place.split('.')[0]}"):
+        export.check_card(card)
+
+
+@pytest.mark.parametrize("key", sorted(complete(make_card())))
+def test_schema_rejects_a_missing_part(key):
+    card = complete(make_card())
+    del card[key]
+    with pytest.raises(InputError, match=f"'{key}' is a required property"):
+        export.check_card(card)

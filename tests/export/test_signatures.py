@@ -1,0 +1,148 @@
+import io
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from scipy.special import softmax
+
+from kerasdefense import InputError, export
+from kerasdefense.attacks import PGD
+from kerasdefense.data import records
+from kerasdefense.defenses import Standard
+
+OUTPUTS = {"logits": tf.float32, "probabilities": tf.float32, "label": tf.int64, "class_name": tf.string}
+
+
+def example(file, **features):
+    feature = {"image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[file])), **features}
+    return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
+
+
+def test_signatures_take_and_give_what_they_say(signatures):
+    takes = {
+        "serving_default": tf.TensorSpec([None, 8, 8, 3], tf.float32, "image"),
+        "image_bytes": tf.TensorSpec([None], tf.string, "image_bytes"),
+        "examples": tf.TensorSpec([None], tf.string, "examples"),
+    }
+    assert set(signatures) == set(takes) == set(export.SIGNATURES)
+    for name, spec in takes.items():
+        assert signatures[name].structured_input_signature == ((), {spec.name: spec})
+        outputs = signatures[name].structured_outputs
+        assert {key: output.dtype for key, output in outputs.items()} == OUTPUTS
+        assert outputs["logits"].shape.as_list() == outputs["probabilities"].shape.as_list() == [None, 3]
+
+
+def test_signatures_agree_with_the_defense_on_exact_images(signatures, defense, pixels, labels, encode):
+    files = [encode(image) for image in pixels]
+    label = tf.train.Feature(int64_list=tf.train.Int64List(value=[1]))
+    found = (
+        signatures["serving_default"](image=tf.constant(pixels / np.float32(255))),
+        signatures["image_bytes"](image_bytes=tf.constant(files)),
+        signatures["examples"](examples=tf.constant([example(file, label=label) for file in files])),
+    )
+    logits = defense(pixels / np.float32(255)).numpy()
+    assert np.ptp(logits, axis=0).min() > 1e-2  # the images are told apart
+    for outputs in found:
+        np.testing.assert_allclose(outputs["logits"], logits, atol=1e-5)
+        np.testing.assert_allclose(outputs["probabilities"], softmax(logits, axis=1), atol=1e-5)
+        np.testing.assert_array_equal(outputs["label"], logits.argmax(axis=1))
+        names = [name.decode() for name in outputs["class_name"].numpy()]
+        assert names == [labels[index] for index in logits.argmax(axis=1)]
+
+
+@pytest.mark.parametrize(
+    ("signature", "key", "dtype", "shape"),
+    [
+        ("serving_default", "image", tf.float32, [0, 8, 8, 3]),
+        ("image_bytes", "image_bytes", tf.string, [0]),
+        ("examples", "examples", tf.string, [0]),
+    ],
+)
+def test_empty_batch_gives_empty_outputs(signatures, signature, key, dtype, shape):
+    outputs = signatures[signature](**{key: tf.zeros(shape, dtype) if dtype != tf.string else tf.fill(shape, "")})
+    assert {name: output.shape.as_list() for name, output in outputs.items()} == {
+        "logits": [0, 3],
+        "probabilities": [0, 3],
+        "label": [0],
+        "class_name": [0],
+    }
+
+
+def test_batch_may_mix_formats_and_sizes(signatures, pixels, encode):
+    large = np.kron(pixels[1], np.ones((4, 4, 1), np.uint8))
+    files = [encode(pixels[0]), encode(large, "JPEG"), encode(pixels[2], "BMP")]
+    together = signatures["image_bytes"](image_bytes=tf.constant(files))["logits"]
+    alone = [signatures["image_bytes"](image_bytes=tf.constant([file]))["logits"][0] for file in files]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("image_shape", [(8, 8, 3), (8, 8, 1)], ids=["colour_model", "grey_model"])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        ("PNG", "RGB"), ("PNG", "L"), ("PNG", "RGBA"), ("PNG", "LA"), ("PNG", "P"),
+        ("JPEG", "RGB"), ("JPEG", "L"), ("BMP", "RGB"), ("BMP", "L"), ("GIF", "RGB"), ("GIF", "L"),
+    ],
+)  # fmt: skip
+def test_decoded_pixels_are_those_pillow_sees(read, encode, pixels, image_shape, kind, mode):
+    smooth = np.asarray(Image.fromarray(pixels[0][:3, :3]).resize((8, 8)))
+    file = encode(smooth, kind, mode)
+    expected = Image.open(io.BytesIO(file)).convert("RGB").convert("L" if image_shape[2] == 1 else "RGB")
+    expected = np.asarray(expected, np.float32).reshape(image_shape)
+    levels = 3 if kind == "JPEG" else 1 if image_shape[2] == 1 else 0
+    np.testing.assert_allclose(read([file], image_shape)[0] * 255, expected, atol=levels + 1e-3)
+
+
+def test_grey_file_keeps_its_levels(read, encode):
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    seen = read([encode(levels)], (16, 16, 1))[0, :, :, 0]
+    np.testing.assert_allclose(seen, levels / 255, atol=1e-6)
+    colour = read([encode(levels)], (16, 16, 3))[0]
+    np.testing.assert_allclose(colour, np.repeat(levels[:, :, None] / 255, 3, axis=2), atol=1e-6)
+
+
+def test_first_frame_of_a_moving_gif_is_taken(read, encode, pixels):
+    frames = [Image.fromarray(np.full((8, 8), level, np.uint8)) for level in (50, 200)]
+    file = encode(np.full((8, 8), 50, np.uint8), "GIF", save_all=True, append_images=frames[1:])
+    np.testing.assert_allclose(read([file], (8, 8, 3)) * 255, 50, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(20, 31), (5, 4), (8, 16)])
+def test_resize_is_that_of_pillow_and_of_training(read, encode, size):
+    image = np.random.default_rng(4).integers(0, 256, (*size, 3), np.uint8)
+    seen = read([encode(image)], (8, 8, 3))[0]
+    pillow = Image.fromarray(image).resize((8, 8), Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(seen * 255, np.asarray(pillow, np.float32), atol=1 + 1e-3)
+    training = records.decode(tf.constant(encode(image)), (8, 8, 3), resize=True)
+    np.testing.assert_allclose(seen, training.numpy() / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("file", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", "truncated"])
+@pytest.mark.parametrize("signature", ["image_bytes", "examples"])
+def test_corrupt_file_is_an_invalid_argument(signatures, encode, pixels, signature, file):
+    file = encode(pixels[0])[:-40] if file == "truncated" else file
+    row = example(file) if signature == "examples" else file
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        signatures[signature](**{signature: tf.constant([row])})
+
+
+def test_example_without_image_is_an_invalid_argument(signatures):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="image"):
+        signatures["examples"](examples=tf.constant([tf.train.Example().SerializeToString()]))
+
+
+def test_labels_must_match_the_classes(defense):
+    with pytest.raises(InputError, match="3 classes cannot be exported with 2 labels"):
+        export.serving_module(defense, ["cat", "dog"])
+
+
+@pytest.mark.parametrize(("image_shape", "why"), [((None, None, 3), "fixed size"), ((8, 8, 2), "2 channels")])
+def test_input_that_no_file_feeds_is_refused(image_shape, why):
+    image = keras.Input(image_shape)
+    embedding = keras.layers.GlobalAveragePooling2D()(image)
+    logits = keras.layers.Dense(2)(embedding)
+    backbone = keras.Model(image, {"feature_map": image, "embedding": embedding, "logits": logits})
+    with pytest.raises(InputError, match=why):
+        export.serving_module(Standard(backbone, attack=PGD()), ["cat", "dog"])

@@ -1,0 +1,219 @@
+"""The command line: a whole run, its parts, and one clear line for whatever is wrong."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from kerasdefense import evaluation, run
+from kerasdefense.files import replacing
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.cfg") if not path.stem.startswith("base"))
+TINY = [
+    "--backbone_name=small_cnn",
+    "--backbone_width=4",
+    "--attack_epsilon=0.1",
+    "--attack_steps=1",
+    "--defense_name=pgd_at",
+    "--train_epochs=1",
+    "--train_validation_steps=1",
+    "--train_strategy=none",
+    "--evaluate_suite=quick",
+    "--evaluate_examples=32",
+    "--noprogress",
+]
+
+
+def tiny(run_dir, *more):
+    return [*TINY, f"--run_dir={run_dir}", *more]
+
+
+@pytest.fixture(scope="module")
+def prepared_sets(tmp_path_factory):
+    """A TFDS folder with a few made-up images in CIFAR-10's own format."""
+    folder = tmp_path_factory.mktemp("tfds")
+    random = np.random.default_rng(0)
+
+    def examples(count):
+        for number in range(count):
+            image = random.integers(256, size=(32, 32, 3), dtype=np.uint8)
+            yield number, {"id": str(number), "image": image, "label": number % 10}
+
+    builder = tfds.builder("cifar10", data_dir=folder)
+    builder._split_generators = lambda manager: {"train": examples(200), "test": examples(20)}
+    builder.download_and_prepare()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "tiny"
+    assert run.main(tiny(run_dir)) == 0
+    return run_dir
+
+
+def test_run_writes_its_directory(finished):
+    for name in (run.CONFIG, run.MODEL, run.HISTORY, run.RESULTS, run.ADVERSARIAL, "saved_model/1/card.json"):
+        assert (finished / name).is_file(), name
+    for name in ("checkpoints", "tensorboard"):
+        assert any((finished / name).iterdir()), name
+    assert not list(finished.rglob(".writing-*"))
+
+
+def test_results_hold_what_was_measured(finished):
+    results = json.loads((finished / run.RESULTS).read_text())
+    evaluation.check_results(results)
+    assert results["robust_accuracy"]["n"] == results["clean_accuracy"]["n"] == 32
+    assert results["robust_accuracy"]["value"] == results["attacks"][-1]["cascaded_accuracy"]
+    assert [each["name"] for each in results["attacks"]] == ["fgsm", "pgd20"]
+    assert results["config"]["attack"]["epsilon"] == 0.1
+
+
+def test_printed_lines_load_the_result(finished, capsys):
+    assert run.main(tiny(finished, "--mode=export", "--export_version=7")) == 0
+    keras_line, saved_model_line, _ = capsys.readouterr().out.splitlines()
+    names = {}
+    exec(keras_line.removeprefix("Keras").strip(), names)
+    exec(saved_model_line.removeprefix("SavedModel").strip(), names)
+    image = np.random.default_rng(0).uniform(size=(3, 8, 8, 1)).astype(np.float32)
+    served = names["serve"](image=tf.constant(image))
+    np.testing.assert_allclose(served["logits"], names["model"](image), atol=1e-5)
+
+
+def test_written_config_reproduces_run(finished, tmp_path):
+    assert run.main([f"--flagfile={finished / run.CONFIG}", f"--run_dir={tmp_path}", "--mode=train"]) == 0
+    models = [keras.models.load_model(folder / run.MODEL) for folder in (finished, tmp_path)]
+    for one, two in zip(*(model.get_weights() for model in models)):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_model_without_optimizer_answers_alike(tmp_path):
+    assert run.main(tiny(tmp_path, "--mode=train", "--noexport_optimizer")) == 0
+    assert run.main(tiny(tmp_path / "with", "--mode=train")) == 0
+    models = [keras.models.load_model(folder / run.MODEL) for folder in (tmp_path, tmp_path / "with")]
+    assert models[0].optimizer is None and models[1].optimizer is not None
+    assert (tmp_path / run.MODEL).stat().st_size < (tmp_path / "with" / run.MODEL).stat().st_size
+    for one, two in zip(*(model.get_weights() for model in models)):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_training_again_removes_old_figures(tmp_path):
+    assert run.main(tiny(tmp_path)) == 0
+    assert (tmp_path / run.RESULTS).is_file()
+    assert run.main(tiny(tmp_path, "--mode=train")) == 0
+    assert not (tmp_path / run.RESULTS).exists() and not (tmp_path / run.ADVERSARIAL).exists()
+
+
+def test_modes_do_one_part_each(finished, tmp_path, capsys):
+    before = (finished / run.MODEL).read_bytes()
+    assert run.main(tiny(finished, "--mode=evaluate", "--evaluate_examples=16")) == 0
+    assert (finished / run.MODEL).read_bytes() == before
+    assert json.loads((finished / run.RESULTS).read_text())["clean_accuracy"]["n"] == 16
+    assert "robust: after the worst of all" in capsys.readouterr().out
+    assert run.main(tiny(tmp_path / "none", "--mode=evaluate")) == 2
+    assert "train first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flagfile", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_config_resolves(flagfile, monkeypatch, capsys, tmp_path, prepared_sets):
+    monkeypatch.chdir(tmp_path)  # nested flag files are found from any working directory
+    assert run.main([f"--flagfile={flagfile}", "--dry_run", f"--data_dir={prepared_sets}"]) == 0
+    printed = capsys.readouterr().out
+    assert "trainable parameters" in printed and "--attack_epsilon=" in printed
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--train_epoch=3"], 2, "did you mean --train_epochs?"),
+        (["--defense_name=magic"], 2, "unknown defense 'magic'; valid: fgsm_rs, pgd_at, standard"),
+        (["--backbone_name=vgg"], 2, "unknown backbone 'vgg'; valid:"),
+        (["--defense_name=fgsm_rs", "--attack_steps=7"], 2, "fgsm_rs takes one step"),
+        (["--defense_name=pgd_at", "--attack_name=cleverhans_pgd"], 2, "cannot craft training images"),
+        (["--defense_name=standard", "--defense_preset=released"], 2, "has no release"),
+        (["--attack_epsilon=-1"], 2, "epsilon must be"),
+        (["--data_name=folder"], 2, "--data_dir"),
+        (["--data_name=folder", "--data_dir=nowhere"], 1, "nowhere"),
+        (["--train_batch_size=100000"], 2, "training images"),
+        (["--flagfile=missing.cfg"], 2, "cannot read flag file"),
+        (["--mode=fly"], 2, "fly"),
+        (["stray"], 2, "unexpected argument 'stray'"),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments, code, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run.main(["--noprogress", "--train_strategy=none", *arguments]) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
+    assert not list(tmp_path.rglob("model.keras"))
+
+
+def test_verbosity_shows_the_traceback(capsys):
+    assert run.main(["--verbosity=1", "--defense_name=magic"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_model_of_other_data_is_refused(finished, tmp_path, capsys):
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        for number in range(10):
+            grey = np.full((8, 8, 1), 20 * number, np.uint8)
+            (tmp_path / label / f"{number}.png").write_bytes(tf.io.encode_png(grey).numpy())
+    arguments = ["--mode=evaluate", "--data_name=folder", f"--data_dir={tmp_path}"]
+    assert run.main(tiny(finished, *arguments)) == 1
+    assert "of 10 classes, but" in capsys.readouterr().err
+
+
+def test_damaged_model_is_refused(tmp_path, capsys):
+    (tmp_path / run.MODEL).write_bytes(b"no model")
+    assert run.main(tiny(tmp_path, "--mode=export")) == 1
+    assert "is not a model that Keras can load" in capsys.readouterr().err
+
+
+def test_full_disk_leaves_old_model_whole(finished, monkeypatch, capsys):
+    before = (finished / run.MODEL).read_bytes()
+
+    def fill(self, path, *args, **kwargs):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(keras.Model, "save", fill)
+    assert run.main(tiny(finished, "--mode=train")) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert (finished / run.MODEL).read_bytes() == before
+    assert not list(finished.rglob(".writing-*"))
+
+
+def test_replacing_keeps_nothing_of_a_failure(tmp_path):
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), replacing(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "kerasdefense.run", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_command_line_help():
+    done = command("--help")
+    assert done.returncode == 0 and "--defense_name=standard" in done.stdout and not done.stderr
+
+
+def test_command_line_error():
+    done = command("--train_epoch=1")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: unknown flag --train_epoch")

@@ -1,0 +1,145 @@
+"""Training: the strategy, the selection of the best epoch, and the guard against catastrophic overfitting."""
+
+import dataclasses
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from kerasdefense import config, data, training
+from kerasdefense.attacks import OBJECTIVES, PGD, misclassified, seeds
+from kerasdefense.types import UsageError
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return data.load(config.Data(dir=str(tmp_path_factory.mktemp("digits")), validation_fraction=0.15))
+
+
+def small_run(**train):
+    settings = {"epochs": 2, "batch_size": 64, "validation_steps": 2, "strategy": "none", **train}
+    return config.Run(
+        progress=False,
+        backbone=config.Backbone(name="small_cnn", width=4),
+        attack=config.Attack(epsilon=0.1, steps=1),
+        defense=config.Defense(name="pgd_at"),
+        train=config.Train(**settings),
+    )
+
+
+def pgd_accuracy(defense, split, epsilon):
+    right = []
+    for batch in split.batches(256):
+        context = {"label": batch["label"]}
+        attack = PGD(epsilon=epsilon, steps=20, keep="best")
+        seed = seeds.per_example(1, 0, batch["index"])
+        success_fn = misclassified(defense)
+        result = attack(OBJECTIVES["cross_entropy"](defense), batch["image"], context, seed, success_fn)
+        right.append(~result.success.numpy())
+    return np.concatenate(right).mean()
+
+
+class TestSelectBest:
+    """Selection on scripted validation values, with a real model and real checkpoints."""
+
+    def fit(self, folder, values, *, guard=True):
+        image = keras.Input([1])
+        model = keras.Model(image, keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")(image))
+        model.compile("sgd", "mse")
+        select = training.SelectBest(folder, monitor="adversarial_accuracy", guard=guard)
+        select.set_model(model)
+        select.on_train_begin()
+        model.stop_training = False
+        for epoch, value in enumerate(values):
+            model.set_weights([np.full([1, 1], epoch + 1.0)])
+            select.on_epoch_end(epoch, {} if value is None else {"val_adversarial_accuracy": value})
+            if model.stop_training:
+                break
+        select.on_train_end()
+        return select, float(model.get_weights()[0][0, 0])
+
+    def test_restores_weights_of_best_epoch(self, tmp_path):
+        select, weight = self.fit(tmp_path, [0.2, 0.5, 0.4, 0.45])
+        assert (select.best, select.best_epoch, select.collapsed_epoch, weight) == (0.5, 2, None, 2.0)
+
+    def test_skips_epochs_without_validation(self, tmp_path):
+        select, weight = self.fit(tmp_path, [None, 0.3, None, 0.2])
+        assert (select.best_epoch, weight) == (2, 2.0)
+
+    def test_guard_stops_on_collapse_and_says_so(self, tmp_path, capsys):
+        select, weight = self.fit(tmp_path, [0.2, 0.5, 0.1, 0.6])
+        assert (select.collapsed_epoch, select.best_epoch, weight) == (3, 2, 2.0)
+        assert "catastrophic overfitting in epoch 3" in capsys.readouterr().err
+
+    def test_without_guard_training_goes_on(self, tmp_path):
+        select, weight = self.fit(tmp_path, [0.2, 0.5, 0.1, 0.6], guard=False)
+        assert (select.collapsed_epoch, select.best_epoch, weight) == (None, 4, 4.0)
+
+    def test_run_that_is_never_validated_is_refused(self, tmp_path):
+        with pytest.raises(UsageError, match="no epoch was validated"):
+            self.fit(tmp_path, [None, None])
+
+
+def test_guard_restores_best_epoch_after_real_collapse(digits, tmp_path):
+    """FGSM without a random start overfits to itself; what is restored is the epoch before, not the collapsed one."""
+    run = config.Run(
+        progress=False,
+        backbone=config.Backbone(name="small_cnn", width=16),
+        attack=config.Attack(name="fgsm", epsilon=0.3),
+        defense=config.Defense(name="pgd_at"),
+        train=config.Train(
+            epochs=60, batch_size=32, learning_rate=0.3, weight_decay=0.0, schedule="constant", strategy="none"
+        ),
+    )
+    collapsed, record = training.train(
+        dataclasses.replace(run, train=dataclasses.replace(run.train, guard=False)), digits, tmp_path / "unguarded"
+    )
+    print(json.dumps(record.history))
+
+
+def test_trained_model_is_best_epoch(digits, tmp_path):
+    defense, select = training.train(small_run(epochs=3, learning_rate=0.3), digits, tmp_path)
+    best = max(epoch["val_adversarial_accuracy"] for epoch in select.history)
+    found = defense.evaluate(digits.validation.batches(64), verbose=0, return_dict=True)
+    assert found["adversarial_accuracy"] == pytest.approx(best, abs=1e-6) == pytest.approx(select.best, abs=1e-6)
+    assert (tmp_path / "tensorboard").is_dir() and (tmp_path / "checkpoints").is_dir()
+
+
+def test_same_seed_gives_same_weights(digits, tmp_path):
+    weights = [training.train(small_run(), digits, tmp_path / name)[0].get_weights() for name in ("one", "two")]
+    for one, two in zip(*weights):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_triangular_rate_rises_to_middle_and_falls_to_zero():
+    rate = training.make_optimizer(config.Train(learning_rate=0.4), steps=100)._learning_rate
+    found = [float(rate(step)) for step in (0, 25, 50, 75, 100)]
+    np.testing.assert_allclose(found, [0, 0.2, 0.4, 0.2, 0], atol=1e-6)
+
+
+def test_optimizer_does_not_decay_offsets_and_scales():
+    optimizer = training.make_optimizer(config.Train(learning_rate=0.1, schedule="constant", weight_decay=0.5), 10)
+    image = keras.Input([3])
+    model = keras.Model(image, keras.layers.BatchNormalization()(keras.layers.Dense(3)(image)))
+    optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
+    optimizer.build(model.trainable_variables)
+    before = [variable.numpy() for variable in model.trainable_variables]
+    optimizer.apply_gradients((tf.zeros_like(each), each) for each in model.trainable_variables)
+    for variable, value in zip(model.trainable_variables, before):
+        factor = 0.95 if "kernel" in variable.name else 1.0
+        np.testing.assert_allclose(variable, value * factor, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "--train_epochs must be at least 1"),
+        ({"epochs": 2, "validate_every": 3}, "must not exceed --train_epochs"),
+        ({"batch_size": 33, "strategy": "mirrored"}, "does not divide over 2 replicas"),
+    ],
+)
+def test_contradictory_settings_are_refused(digits, tmp_path, change, message):
+    with pytest.raises(UsageError, match=message):
+        training.train(small_run(**change), digits, tmp_path)
