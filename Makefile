@@ -44,12 +44,12 @@ lock: | $(OWN_UV)
 
 .venv/.core: requirements-core.lock | $(OWN_UV)
 	@echo "Installing the core (TensorFlow and what trains, attacks and evaluates) into .venv:"
-	@echo "downloads up to 0.7 GB, less what uv has cached; takes 2.0 GB on disk."
+	@echo "downloads up to 0.7 GB, less what uv has cached; takes 2.2 GB on disk."
 	$(install)
 
 .venv/.full: requirements.lock | $(OWN_UV)
 	@echo "Installing everything (core, TFX, serving, benchmarks, tests) into .venv:"
-	@echo "downloads up to 1.0 GB, less what uv has cached; takes 2.8 GB on disk."
+	@echo "downloads up to 0.9 GB, less what uv has cached; takes 2.9 GB on disk."
 	$(install)
 
 # Install the first prerequisite, a lock file, and this package on top of it.
@@ -68,7 +68,7 @@ endef
 .uv/bin/uv:
 	@echo "No working uv on PATH: installing it into .uv (downloads 20 MB, takes 60 MB on disk)."
 	@for python in python3.10 python3.11 python3.12 python3.13 python3; do \
-		$$python -m venv --clear .uv >/dev/null 2>&1 && .uv/bin/python -m pip install --quiet uv && exit; \
+		$$python -m venv --clear .uv >/dev/null 2>&1 && .uv/bin/python -m pip install --quiet --disable-pip-version-check uv && exit; \
 	done; rm -rf .uv; \
 	echo "No uv, and no Python that could install it: install uv, or Python 3.10 with venv" \
 	"(Debian, Ubuntu: python3.10-venv)." >&2; exit 1

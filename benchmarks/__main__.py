@@ -32,7 +32,7 @@ COLUMNS = {
     "floor ms": ("floor_ms", ".1f"),
     "ours ms": ("ours_ms", ".1f"),
     "ours/floor": ("over_floor", ".2f"),
-    "(processor)": ("over_floor_processor", ".2f"),
+    "(CPU time)": ("over_floor_processor", ".2f"),
     "images/s": ("images_per_second", ".0f"),
     "x cleverhans": ("times_cleverhans", ".2f"),
     "x ART": ("times_art", ".2f"),
@@ -41,7 +41,7 @@ COLUMNS = {
 AT_MOST = {"over_floor": 1.10, "retraces": 0}
 AT_LEAST = {"times_cleverhans": 1.0, "times_art": 2.0}
 BUSY = 1.2
-WIDTH = 116
+WIDTH = 160  # never cut a column: a narrower terminal wraps the lines
 
 
 def describe(case: Case) -> str:
@@ -86,13 +86,15 @@ def misses_of(rows: list[dict[str, Any]]) -> list[str]:
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
     """Return the table of all rows."""
-    table = Table(title=f"A training step with PGD-{rows[0]['steps']}", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=f"A training step with PGD-{rows[0]['steps']}", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     table.add_column("case", no_wrap=True)
     table.add_column("strategy", no_wrap=True)
     for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        cells = ("missing" if row[name] is None else f"{row[name]:{form}}" for name, form in COLUMNS.values())
+        cells = ("not installed" if row[name] is None else f"{row[name]:{form}}" for name, form in COLUMNS.values())
         table.add_row(row["case"], row["strategy"], *cells)
     return table
 

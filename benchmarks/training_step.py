@@ -7,7 +7,7 @@ import dataclasses
 import importlib.metadata
 import io
 import warnings
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import keras
 import numpy as np
@@ -91,6 +91,15 @@ def has_art() -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
+
+
+def import_art() -> tuple[Any, Any]:
+    """Return the trainer and the classifier of the Adversarial Robustness Toolbox."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that PyTorch is not installed
+        from art.defences.trainer import AdversarialTrainerMadryPGD
+        from art.estimators.classification import TensorFlowV2Classifier
+    return AdversarialTrainerMadryPGD, TensorFlowV2Classifier
 
 
 def strategies() -> dict[str, tf.distribute.Strategy]:
@@ -188,12 +197,8 @@ def cleverhans(case: Case) -> Step:
 
 def art(case: Case) -> Step:
     """Return the adversarial trainer of the Adversarial Robustness Toolbox, on one batch, its update compiled."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that PyTorch is not installed
-        from art.defences.trainer import AdversarialTrainerMadryPGD
-        from art.estimators.classification import TensorFlowV2Classifier
-
-    classifier = TensorFlowV2Classifier(
+    make_trainer, make_art_classifier = import_art()
+    classifier = make_art_classifier(
         model=case.make_classifier(),
         nb_classes=CLASSES,
         input_shape=case.image_shape,
@@ -201,7 +206,7 @@ def art(case: Case) -> Step:
         train_step=make_update(case),
         clip_values=(0.0, 1.0),
     )
-    trainer = AdversarialTrainerMadryPGD(
+    trainer = make_trainer(
         classifier,
         nb_epochs=1,
         batch_size=case.batch_size,

@@ -44,7 +44,8 @@ def train(run: config.Run, splits: Splits) -> None:
 def _without_optimizer(defense: Defense) -> Defense:
     """Return a copy that was never compiled."""
     copy = type(defense).from_config(defense.get_config())
-    copy.set_weights(defense.get_weights())
+    counters = {id(variable) for metric in defense.metrics for variable in metric.variables}
+    copy.set_weights([variable.numpy() for variable in defense.weights if id(variable) not in counters])
     return copy
 
 

@@ -125,15 +125,16 @@ def test_random_point_does_not_depend_on_the_place_in_the_batch(norm):
     assert len(np.unique(points - image, axis=0)) == 7
 
 
+@tf.function
 def unit_draws(norm, shape, batch):
-    """Return `batch` points of the unit ball, drawn around a gray image where the box cannot cut them off."""
+    """Return `batch` points of the unit ball [batch, d], drawn around a gray image where the box cuts none off."""
     gray = tf.fill([batch, *shape], 0.5)
     points = norms.random_point(gray, epsilon=0.25, norm=norm, seed=seeds.per_example(1, 0, tf.range(batch)))
-    return tf.reshape((points - gray) / 0.25, [batch, -1]).numpy()
+    return tf.reshape((points - gray) / 0.25, [batch, -1])
 
 
 def test_random_point_on_linf_is_uniform():
-    draws = unit_draws("linf", (3, 3, 1), 300)
+    draws = unit_draws("linf", (3, 3, 1), 300).numpy()
     assert scipy.stats.kstest(draws.ravel(), "uniform", args=(-1, 2)).pvalue > 0.01
     correlation = np.corrcoef(draws.T) - np.eye(9)
     assert np.abs(correlation).max() < 0.25
@@ -145,7 +146,7 @@ def test_random_point_on_l2_has_the_radius_of_a_uniform_draw():
 
 
 def test_random_point_on_l2_has_a_uniform_direction_that_is_independent_of_its_radius():
-    draws = unit_draws("l2", (1, 1, 2), 600)
+    draws = unit_draws("l2", (1, 1, 2), 600).numpy()
     angle = np.arctan2(draws[:, 0], draws[:, 1])
     assert scipy.stats.kstest(angle, "uniform", args=(-np.pi, 2 * np.pi)).pvalue > 0.01
     assert scipy.stats.spearmanr(angle, np.linalg.norm(draws, axis=1)).pvalue > 0.01

@@ -12,14 +12,21 @@ from benchmarks.training_step import Case, Measurement
 CASE = Case("small_cnn", width=4, image_shape=(8, 8, 1), batch_size=10)
 
 
+@pytest.fixture(scope="module")
+def art():
+    """Import ART before a test captures: its import closes all logging handlers, and absl's one its stream with it."""
+    if training_step.has_art():
+        training_step.import_art()
+
+
 def measurement(*, ours=1.0, retraces=0, **others):
     """Return what would be measured if the floor took one second."""
     seconds = {name: [value] * 3 for name, value in {"floor": 1.0, "mirrored": ours, **others}.items()}
     return Measurement(Timing(seconds, seconds), {"mirrored": retraces})
 
 
-def test_quick_benchmark_fills_every_column_and_never_retraces(capsys, tmp_path):
-    assert benchmark.main(["--quick", "--rounds=3", "--no-check", f"--output={tmp_path / 'figures.json'}"]) == 0
+def test_quick_benchmark_fills_every_column_and_never_retraces(art, capsys, tmp_path):
+    assert benchmark.main(["--quick", "--rounds=2", "--no-check", f"--output={tmp_path / 'figures.json'}"]) == 0
     printed = capsys.readouterr().out
     assert [column for column in ("case", "strategy", *benchmark.COLUMNS) if column not in printed] == []
     content = json.loads((tmp_path / "figures.json").read_text())
@@ -28,9 +35,9 @@ def test_quick_benchmark_fills_every_column_and_never_retraces(capsys, tmp_path)
         assert row["retraces"] == 0
         assert 0 < row["over_floor_processor"] < 3
         assert row["times_cleverhans"] > 0
-        assert row["times_art"] > 0
+        assert (row["times_art"] or 0) > 0 or not training_step.has_art()
     (rounds,) = content["rounds"].values()
-    assert {len(values) for values in rounds["seconds"].values()} == {3}
+    assert {len(values) for values in rounds["seconds"].values()} == {2}
 
 
 def test_timing_is_the_median_of_the_faster_half_and_ratios_are_of_it():
@@ -72,7 +79,7 @@ def test_benchmark_without_art_says_which_extra_to_install(monkeypatch, capsys):
     assert benchmark.main(["--quick"]) == 0
     printed = capsys.readouterr().out
     assert "pip install '.[bench]'" in printed
-    assert printed.count("missing") == 1
+    assert printed.count("not installed") == 2  # in the line above and in the table
 
 
 def test_busy_machine_is_reported(monkeypatch, capsys):
