@@ -19,6 +19,7 @@ from kerasdefense import backbones, config, defenses, training
 
 CLASSES = 10
 EPSILON = 8 / 255
+ART_ATTACK_BATCH = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,9 @@ def measure(case: Case, rounds: int) -> Measurement:
     ours = {name: Ours(case, strategy) for name, strategy in strategies().items()}
     steps: dict[str, Step] = {"floor": floor(case), **ours, "cleverhans": cleverhans(case)}
     if has_art():
-        steps["ART"] = art(case)
+        steps["ART"] = art(case, whole_batches=False)
+        if case.batch_size > ART_ATTACK_BATCH:
+            steps["ART, whole batches"] = art(case, whole_batches=True)
     time_in_turns(steps, rounds=1)
     traces = {name: one.traces() for name, one in ours.items()}
     time_in_turns(steps, rounds=1)
@@ -195,8 +198,13 @@ def cleverhans(case: Case) -> Step:
     return step
 
 
-def art(case: Case) -> Step:
-    """Return the adversarial trainer of the Adversarial Robustness Toolbox, on one batch, its update compiled."""
+def art(case: Case, *, whole_batches: bool) -> Step:
+    """Return ART's adversarial trainer on one batch, its update compiled as its documentation advises.
+
+    Args:
+        case: what is trained.
+        whole_batches: whether to correct what the trainer does: it is given the batch size but crafts 32 images at a time.
+    """
     make_trainer, make_art_classifier = import_art()
     classifier = make_art_classifier(
         model=case.make_classifier(),
@@ -214,7 +222,8 @@ def art(case: Case) -> Step:
         eps_step=2.5 * EPSILON / case.steps,
         max_iter=case.steps,
     )
-    trainer.attack.set_params(batch_size=case.batch_size)  # it would craft 32 at a time
+    if whole_batches:
+        trainer.attack.set_params(batch_size=case.batch_size)
     batch = case.batch()
 
     def step() -> None:

@@ -101,7 +101,7 @@ def test_model_without_optimizer_answers_alike(tmp_path):
     models = [keras.models.load_model(folder / run.MODEL) for folder in (tmp_path, tmp_path / "with")]
     assert models[0].optimizer is None and models[1].optimizer is not None
     assert (tmp_path / run.MODEL).stat().st_size < (tmp_path / "with" / run.MODEL).stat().st_size
-    for one, two in zip(*(model.get_weights() for model in models)):
+    for one, two in zip(*(model.backbone.get_weights() for model in models)):
         np.testing.assert_array_equal(one, two)
 
 

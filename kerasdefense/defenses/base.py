@@ -180,8 +180,10 @@ class Defense(keras.Model):
         names = (*self.terms, CLEAN_ACCURACY, ADVERSARIAL_ACCURACY)
         self.means = {name: keras.metrics.Mean(name=name) for name in names}
 
-    def get_compile_config(self) -> dict[str, Any]:
-        """Return what `compile_from_config` needs."""
+    def get_compile_config(self) -> Optional[dict[str, Any]]:
+        """Return what `compile_from_config` needs, None if it was never compiled."""
+        if self.optimizer is None:
+            return None
         return {"optimizer": keras.saving.serialize_keras_object(self.optimizer)}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:

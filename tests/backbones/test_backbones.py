@@ -120,15 +120,6 @@ def test_embedding_is_the_mean_of_the_feature_map_and_logits_its_affine_map(name
     np.testing.assert_allclose(outputs["logits"], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["small_cnn", "resnet8", "wide_resnet"])
-def test_backbone_comes_back_from_its_file(name, tmp_path):
-    model, image = narrow(name, (8, 8, 1)), random_image((8, 8, 1))
-    model(image, training=True)  # moves the running statistics
-    model.save(tmp_path / "model.keras")
-    again = keras.models.load_model(tmp_path / "model.keras")
-    tf.nest.map_structure(np.testing.assert_array_equal, again(image), model(image))
-
-
 @pytest.mark.parametrize("name", BACKBONES)
 def test_convolutions_have_no_bias_and_batch_normalisation_is_fused(name):
     layers = narrow(name, (8, 8, 1)).layers

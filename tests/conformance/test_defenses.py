@@ -88,9 +88,7 @@ class TestDefense:
         data = make_data()
         by_dict, by_pair = make(name), make(name)
         by_dict.fit(dataset(data), verbose=0)
-        history = by_pair.fit(
-            data["image"], data["label"], batch_size=BATCH, shuffle=False, verbose=0
-        ).history
+        history = by_pair.fit(data["image"], data["label"], batch_size=BATCH, shuffle=False, verbose=0).history
         assert set(by_pair.terms) <= set(history)
         if name == "standard":  # no random start, so that the missing indices change nothing
             np.testing.assert_allclose(by_pair(data["image"]), by_dict(data["image"]), atol=1e-6)
