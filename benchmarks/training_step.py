@@ -203,7 +203,7 @@ def art(case: Case, *, whole_batches: bool) -> Step:
 
     Args:
         case: what is trained.
-        whole_batches: whether to correct what the trainer does: it is given the batch size but crafts 32 images at a time.
+        whole_batches: whether to put right that it crafts 32 images at a time, whatever its `batch_size`.
     """
     make_trainer, make_art_classifier = import_art()
     classifier = make_art_classifier(

@@ -101,8 +101,8 @@ def main() -> None:
         f"\nAccuracy under {MEASURED}, every pixel moved by at most {epsilon} of the grey range: "
         f"standard {before:.1f} %, hardened {after:.1f} %, {after - before:+.1f} points.",
         f"Picture: {picture}\n",
-        f"1. The standard model takes a perturbed {label} for a {standard.says(row)}.",
-        f"2. The hardened model, attacked in its turn, still answers {hardened.says(row)}.",
+        f"1. The standard model takes a perturbed {label} for: {standard.says(row)}.",
+        f"2. The hardened model, attacked in its turn, still answers: {hardened.says(row)}.",
         "3. Next: your own images and model, see README.md; all flags: python -m kerasdefense.run --help",
     )
     for line in lines:

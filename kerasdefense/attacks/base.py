@@ -38,7 +38,7 @@ class Attack:
     """
 
     takes: ClassVar[str] = "loss"
-    """`loss`: call it as `attack(loss_fn, image, context, seed)`; `logits`: as `attack(logits_fn, image, label, seed)`."""
+    """`loss`: call `attack(loss_fn, image, context, seed)`; `logits`: call `attack(logits_fn, image, label, seed)`."""
 
     norm: str = "linf"
     epsilon: float = 8 / 255

@@ -17,6 +17,7 @@ from cleverhans.tf2.attacks.spsa import spsa
 from kerasdefense import losses
 from kerasdefense.attacks import norms
 from kerasdefense.attacks.base import Attack, AttackResult
+from kerasdefense.attacks.objectives import check_logits
 from kerasdefense.types import LogitsFn, UsageError
 
 _ORDER = {"linf": np.inf, "l2": 2}
@@ -52,6 +53,7 @@ class CleverHansAttack(Attack):
     def __call__(self, logits_fn: LogitsFn, image: tf.Tensor, label: tf.Tensor, seed: tf.Tensor) -> AttackResult:
         """Perturb `image` [batch, h, w, c] in [0, 1] so that `logits_fn` misses `label` [batch]."""
         image, label = tf.convert_to_tensor(image, tf.float32), tf.convert_to_tensor(label, tf.int32)
+        check_logits(logits_fn(image))
         tf.random.set_seed(int(seed[0, 0]) ^ int(seed[0, 1]))
         found = self.perturb(logits_fn, image, label)
         inside = norms.length(found - image, self.norm) <= self.epsilon * (1 + 1e-4) + 1e-6

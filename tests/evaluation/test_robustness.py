@@ -90,14 +90,16 @@ def test_misclassified_images_are_never_attacked_and_not_robust():
     assert results["robust_accuracy"]["value"] == 0.7
 
 
-def test_every_attack_meets_what_earlier_ones_fooled_but_not_its_own_earlier_finds():
-    """`accuracy` is that of an attack alone, so a later attack sees the whole clean set; a restart sees survivors."""
+def test_later_attacks_meet_all_images_and_keep_what_earlier_ones_found(tmp_path):
     label = np.arange(8) % CLASSES
     first, second = Scripted(moves=(0, 1)), Scripted(moves=())
     suite = [PlannedAttack("first", first), PlannedAttack("second", second)]
-    results = evaluate({"exact": read_class}, make_batches(coded_images(label), label), suite)
+    results = evaluate({"exact": read_class}, make_batches(coded_images(label), label), suite, save=tmp_path / "a.npz")
     assert set(first.met) == set(second.met) == set(range(8))
-    assert accuracies(results)[1] == ("second", "exact", 1.0, 0.75)
+    assert accuracies(results) == [("first", "exact", 0.75, 0.75), ("second", "exact", 1.0, 0.75)]
+    with np.load(tmp_path / "a.npz") as saved:
+        predicted = np.argmax(read_class(saved["image_adv"], None), axis=1)
+    np.testing.assert_array_equal(predicted != label, np.isin(np.arange(8), first.moves))
 
 
 # Paths that differ.
