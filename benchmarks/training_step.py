@@ -107,8 +107,8 @@ def import_art() -> tuple[Any, Any]:
 
 def strategies() -> dict[str, tf.distribute.Strategy]:
     """Return the strategies of `--train_strategy`, on one device."""
-    device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
-    return {"mirrored": tf.distribute.MirroredStrategy([device]), "none": tf.distribute.get_strategy()}
+    device = "/device:GPU:0" if tf.config.list_logical_devices("GPU") else "/device:CPU:0"
+    return {"mirrored": training.mirrored((device,)), "none": tf.distribute.get_strategy()}
 
 
 class Ours:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import warnings
@@ -31,7 +32,17 @@ def make_strategy(train: config.Train) -> tf.distribute.Strategy:
         devices = [device.name for device in tf.config.list_logical_devices("CPU")]
     if train.batch_size % len(devices):
         raise UsageError(f"--train_batch_size={train.batch_size} does not divide over {len(devices)} replicas")
-    return tf.distribute.MirroredStrategy(devices)
+    return mirrored(tuple(devices))
+
+
+@functools.cache
+def mirrored(devices: tuple[str, ...]) -> tf.distribute.MirroredStrategy:
+    """Return this process's one strategy over these devices.
+
+    TensorFlow numbers the collective operations of every strategy from the same start, so that two strategies over the
+    same devices can take each other's for their own and abort.
+    """
+    return tf.distribute.MirroredStrategy(list(devices))
 
 
 def make_optimizer(train: config.Train, steps: int) -> keras.optimizers.Optimizer:

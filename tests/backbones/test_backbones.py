@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from kerasdefense import config
 from kerasdefense.backbones import BACKBONES, blocks, build, cifar_resnet, resnet18, small_cnn, wide_resnet
+from kerasdefense.training import mirrored
 from kerasdefense.types import UsageError
 
 CLASSES = 4
@@ -135,7 +136,7 @@ def test_convolutions_have_no_bias_and_batch_normalisation_is_fused(name):
 def test_batch_normalisation_is_synchronized_over_replicas():
     devices = [device.name for device in tf.config.list_logical_devices("CPU")]
     assert len(devices) == 2
-    with tf.distribute.MirroredStrategy(devices).scope():
+    with mirrored(tuple(devices)).scope():
         model = small_cnn((8, 8, 1), CLASSES, width=1)
     layers = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
     assert len(layers) == 5

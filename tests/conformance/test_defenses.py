@@ -10,6 +10,7 @@ import tensorflow as tf
 from kerasdefense import backbones, config
 from kerasdefense.attacks import FGSMRS, PGD, seeds
 from kerasdefense.defenses import DEFENSES, Defense
+from kerasdefense.training import mirrored
 
 SHAPE, CLASSES, BATCH = (8, 8, 1), 3, 8
 CASES = {
@@ -136,8 +137,7 @@ class TestDefense:
         data = make_data(1)
         defenses, histories = [], []
         for devices in (1, 2):
-            names = [device.name for device in tf.config.list_logical_devices("CPU")][:devices]
-            with tf.distribute.MirroredStrategy(names).scope():
+            with mirrored(("/device:CPU:0", "/device:CPU:1")[:devices]).scope():
                 defenses.append(make(name, keras.optimizers.SGD(0.1)))
             histories.append(defenses[-1].fit(dataset(data), verbose=0).history)
         remove_bessels_correction(defenses[0])

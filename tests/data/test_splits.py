@@ -9,6 +9,7 @@ import tensorflow as tf
 from kerasdefense.data.augment import Augmentation
 from kerasdefense.data.records import Records
 from kerasdefense.data.splits import Split, TrainSplit
+from kerasdefense.training import mirrored
 from kerasdefense.types import InputError, UsageError
 
 EXAMPLES = 60
@@ -104,7 +105,7 @@ def test_epochs_do_not_depend_on_how_many_are_asked_for_or_who_reads_too():
 
 
 def test_epochs_are_the_same_under_two_replicas():
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = mirrored(("/device:CPU:0", "/device:CPU:1"))
     distributed = strategy.experimental_distribute_dataset(TRAIN.epochs(10, seed=5, epochs=1))
     joined = [
         {key: tf.concat(strategy.experimental_local_results(value), 0).numpy() for key, value in batch.items()}

@@ -7,8 +7,10 @@ import tensorflow as tf
 
 from kerasdefense.attacks import FGSM
 from kerasdefense.defenses import PGDAT
+from kerasdefense.training import mirrored
 
 EPSILON, RATE, BATCH, SIDE, CLASSES = 0.1, 0.5, 8, 3, 2
+REPLICAS = ("/device:CPU:0", "/device:CPU:1")
 
 
 def linear_backbone():
@@ -39,8 +41,7 @@ def test_pgd_at_step_equals_closed_form(replicas):
     label = random.integers(CLASSES, size=BATCH).astype(np.int32)
     kernel = random.normal(size=(SIDE * SIDE, CLASSES)).astype(np.float32)
     bias = random.normal(size=CLASSES).astype(np.float32)
-    devices = [device.name for device in tf.config.list_logical_devices("CPU")][:replicas]
-    with tf.distribute.MirroredStrategy(devices).scope():
+    with mirrored(REPLICAS[:replicas]).scope():
         defense = PGDAT(linear_backbone(), attack=FGSM(epsilon=EPSILON))
         defense.compile(keras.optimizers.SGD(RATE))
     defense.backbone.get_layer("logits").set_weights([kernel, bias])

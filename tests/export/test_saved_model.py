@@ -11,6 +11,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
 from kerasdefense import InputError, Standard, UsageError, export
+from kerasdefense.training import mirrored
 
 PYTHON_OPS = {"PyFunc", "PyFuncStateless", "EagerPyFunc", "NumpyFunction"}
 
@@ -205,7 +206,7 @@ def test_model_without_finite_logits_is_not_kept(make, labels, card, tmp_path):
 
 def test_replicated_defense_is_saved_like_any_other(make, labels, card, tmp_path):
     devices = [device.name for device in tf.config.list_logical_devices("CPU")]
-    with tf.distribute.MirroredStrategy(devices).scope():
+    with mirrored(tuple(devices)).scope():
         defense = make()
     version = export.save(defense, tmp_path, labels=labels, version=0, card=card)
     image = np.random.default_rng(6).random((3, 8, 8, 3), np.float32)
