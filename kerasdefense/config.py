@@ -9,9 +9,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+SEEDS = 2**31 - 1
 
-def _field(default: Any, help_line: str, choices: tuple[str, ...] = ()) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help_line, "choices": choices})
+
+def _field(default: Any, help_line: str, choices: tuple[str, ...] = (), *, low: Any = None, high: Any = None) -> Any:
+    """Return a field with its help, and its legal values: some choices, or a closed range."""
+    metadata = {"help": help_line, "choices": choices, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,18 +25,18 @@ class Data:
     name: str = _field("digits", "digits, folder, or the name of a TFDS image-classification set")
     dir: str = _field("", "folder of images (--data_name=folder), else the TFDS data directory; empty = TFDS default")
     validation_fraction: float = _field(0.1, "share of the training images held out for validation, in (0, 1)")
-    image_size: int = _field(0, "side in pixels to which images are resized; 0 = keep their own size")
+    image_size: int = _field(0, "side in pixels to which images are resized; 0 = keep their own size", low=0)
     augment: str = _field(
         "auto",
         "random crop and flip; auto = crop_flip, without flips for digits",
         ("auto", "none", "crop", "crop_flip"),
     )
-    crop_padding: int = _field(0, "pixels of reflection around a crop; 0 = an eighth of the side")
+    crop_padding: int = _field(0, "pixels of reflection around a crop; 0 = an eighth of the side", low=0)
     open_set_split: str = _field(
         "",
         "known classes: empty = all, 0..4 = a published CIFAR-10/SVHN split, K:SEED = K classes drawn by a seed",
     )
-    shuffle_buffer: int = _field(10_000, "examples held to shuffle the training stream")
+    shuffle_buffer: int = _field(10_000, "examples held to shuffle the training stream", low=1)
     cache: str = _field("memory", "where decoded training images are kept", ("memory", "disk", "none"))
 
 
@@ -41,8 +45,8 @@ class Backbone:
     """The classifier that a defense trains."""
 
     name: str = _field("resnet8", "architecture, a key of BACKBONES; ignored with --backbone_path")
-    width: int = _field(16, "channels of the first stage (wide_resnet: the widening factor)")
-    depth: int = _field(16, "layers of wide_resnet (6n + 4); other architectures carry their depth in the name")
+    width: int = _field(16, "channels of the first stage (wide_resnet: the widening factor)", low=1)
+    depth: int = _field(16, "layers of wide_resnet (6n + 4); other architectures carry their depth in the name", low=1)
     path: str = _field("", "your own Keras classifier (.keras, .h5 or SavedModel folder) to fine-tune instead")
     pooling_layer: str = _field("", "name of its global pooling layer, where it cannot be found")
     logits_layer: str = _field("", "name of its last dense layer, where it cannot be found")
@@ -54,9 +58,9 @@ class Attack:
 
     name: str = _field("pgd", "training attack, an objective attack of ATTACKS")
     norm: str = _field("linf", "norm of the perturbation", ("linf", "l2"))
-    epsilon: float = _field(8 / 255, "radius of the ball, images in [0, 1]; fractions such as 8/255 are read")
-    steps: int = _field(0, "gradient steps; 0 = the attack's own default (pgd 10, fgsm and fgsm_rs 1)")
-    step_size: float = _field(0.0, "length of a step; 0 = the attack's own default (pgd 2.5 epsilon / steps)")
+    epsilon: float = _field(8 / 255, "radius of the ball, images in [0, 1]; fractions such as 8/255 are read", low=0)
+    steps: int = _field(0, "gradient steps; 0 = the attack's own default (pgd 10, fgsm and fgsm_rs 1)", low=0)
+    step_size: float = _field(0.0, "length of a step; 0 = the attack's own default (pgd 2.5 epsilon / steps)", low=0)
     random_start: bool = _field(True, "start from a random point of the ball (pgd)")
     objective: str = _field("cross_entropy", "loss that the attack maximises, a key of OBJECTIVES")
 
@@ -71,28 +75,30 @@ class Defense:
         "recommended settings, or the behaviour of the authors' release",
         ("recommended", "released"),
     )
-    label_smoothing: float = _field(0.0, "label mass spread evenly over all classes, in [0, 1)")
+    label_smoothing: float = _field(0.0, "label mass spread evenly over all classes, in [0, 1)", low=0, high=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
     """How it is optimised."""
 
-    epochs: int = _field(10, "passes over the training images")
-    batch_size: int = _field(128, "images per step, over all replicas")
+    epochs: int = _field(10, "passes over the training images", low=1)
+    batch_size: int = _field(128, "images per step, over all replicas", low=1)
     optimizer: str = _field("sgd", "optimizer", ("sgd", "adam"))
-    learning_rate: float = _field(0.1, "learning rate, the highest one of a schedule")
+    learning_rate: float = _field(0.1, "learning rate, the highest one of a schedule", low=0)
     schedule: str = _field(
         "triangular",
         "learning rate over the run; triangular rises to its middle and falls to 0",
         ("constant", "triangular"),
     )
-    momentum: float = _field(0.9, "momentum of sgd")
-    weight_decay: float = _field(5e-4, "decoupled decay of kernels, times the learning rate, per step")
-    seed: int = _field(0, "seed of weights, order, augmentation and attacks")
+    momentum: float = _field(0.9, "momentum of sgd", low=0, high=1)
+    weight_decay: float = _field(5e-4, "decoupled decay of kernels, times the learning rate, per step", low=0)
+    seed: int = _field(0, "seed of weights, order, augmentation and attacks", low=0, high=SEEDS)
     strategy: str = _field("mirrored", "mirrored over all visible GPUs (or the CPU), or none", ("mirrored", "none"))
-    validate_every: int = _field(1, "epochs from one validation to the next")
-    validation_steps: int = _field(10, "PGD steps of the validation attack by which the best epoch is selected")
+    validate_every: int = _field(1, "epochs from one validation to the next", low=1)
+    validation_steps: int = _field(
+        10, "PGD steps of the validation attack (it selects the best epoch, but of standard)", low=1
+    )
     guard: bool = _field(True, "stop on catastrophic overfitting and restore the best epoch")
 
 
@@ -101,17 +107,17 @@ class Evaluate:
     """How it is measured."""
 
     suite: str = _field("standard", "attacks to run, a key of SUITES")
-    examples: int = _field(1000, "test images, from the first on; 0 = all")
-    epsilon: float = _field(0.0, "radius of the evaluation attacks; 0 = --attack_epsilon")
-    chunk_size: int = _field(256, "images attacked at once; results do not depend on it beyond rounding")
-    seed: int = _field(0, "seed of the evaluation attacks")
+    examples: int = _field(1000, "test images, from the first on; 0 = all", low=0)
+    epsilon: float = _field(0.0, "radius of the evaluation attacks; 0 = --attack_epsilon", low=0)
+    chunk_size: int = _field(256, "images attacked at once; results do not depend on it beyond rounding", low=1)
+    seed: int = _field(0, "seed of the evaluation attacks", low=0, high=SEEDS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
     """What is written for users of the model."""
 
-    version: int = _field(0, "number of the SavedModel version folder; 0 = one above the highest there")
+    version: int = _field(0, "number of the SavedModel version folder; 0 = one above the highest there", low=0)
     optimizer: bool = _field(True, "keep the optimizer's slots in model.keras, to train on")
 
 
@@ -120,7 +126,7 @@ class Run:
     """One run: everything that `python -m kerasdefense.run` needs."""
 
     mode: str = _field("all", "what to do", ("all", "train", "evaluate", "export"))
-    run_dir: str = _field("", "folder of the run; empty = runs/<config name>")
+    run_dir: str = _field("", "folder of the run; empty = runs/<folder>/<name> of the last flag file")
     dry_run: bool = _field(False, "print the resolved configuration and the parameter counts, and stop")
     progress: bool = _field(True, "show progress bars")
     data: Data = Data()

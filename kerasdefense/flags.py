@@ -23,6 +23,9 @@ from kerasdefense.defenses import DEFENSES
 from kerasdefense.evaluation import SUITES
 from kerasdefense.types import UsageError, look_up
 
+CONFIG = "config.cfg"
+"""The flag file in a run directory that reproduces the run."""
+
 _REGISTRIES: dict[str, Any] = {
     "attack_name": ATTACKS,
     "attack_objective": OBJECTIVES,
@@ -57,15 +60,16 @@ def _define() -> absl_flags.FlagValues:
     values = absl_flags.FlagValues()
     for name, _, field in _leaves():
         help_line, choices = field.metadata["help"], field.metadata["choices"]
+        bounds = {"lower_bound": field.metadata["low"], "upper_bound": field.metadata["high"]}
         if choices:
             absl_flags.DEFINE_enum(name, field.default, choices, help_line, flag_values=values)
         elif isinstance(field.default, bool):
             absl_flags.DEFINE_boolean(name, field.default, help_line, flag_values=values)
         elif isinstance(field.default, int):
-            absl_flags.DEFINE_integer(name, field.default, help_line, flag_values=values)
+            absl_flags.DEFINE_integer(name, field.default, help_line, flag_values=values, **bounds)
         elif isinstance(field.default, float):
             serializer = absl_flags.ArgumentSerializer()
-            absl_flags.DEFINE(_FractionParser(), name, field.default, help_line, values, serializer)
+            absl_flags.DEFINE(_FractionParser(**bounds), name, field.default, help_line, values, serializer)
         else:
             absl_flags.DEFINE_string(name, field.default, help_line, flag_values=values)
     absl_flags.DEFINE_integer("verbosity", 0, "1 = log what happens and show tracebacks", flag_values=values)
@@ -131,16 +135,30 @@ class HelpRequested(Exception):  # noqa: N818 - nothing went wrong
 def verbosity(arguments: Sequence[str]) -> int:
     """Return the last `--verbosity=N` on the command line itself, or 0; never fails, so that errors can ask."""
     given = [each.partition("=")[2] for each in arguments if each.lstrip("-").startswith("verbosity=")]
-    return int(given[-1]) if given and given[-1].lstrip("-").isdigit() else 0
+    try:
+        return int(given[-1]) if given else 0
+    except ValueError:
+        return 0
 
 
 def parse(arguments: Sequence[str]) -> config.Run:
     """Return the run that command-line arguments describe.
 
+    To evaluate or export what a run directory holds, the configuration that it was trained by comes first, and the
+    command line overrides it.
+
     Raises:
         HelpRequested: --help was among them.
         UsageError: an unknown flag, an illegal value, or a name that is in no registry.
     """
+    run = _parse(arguments)
+    trained_by = Path(run.run_dir) / CONFIG
+    if run.mode in ("evaluate", "export") and trained_by.is_file():
+        run = _parse([f"--flagfile={trained_by}", *arguments, f"--run_dir={run.run_dir}"])
+    return run
+
+
+def _parse(arguments: Sequence[str]) -> config.Run:
     values = _define()
     try:
         rest = values(["run", *expand_flagfiles(arguments, Path.cwd())], known_only=False)[1:]
@@ -155,10 +173,8 @@ def parse(arguments: Sequence[str]) -> config.Run:
     for name, registry in _REGISTRIES.items():
         look_up(registry, values[name].value, name.replace("_name", "").replace("_", " "))
     run = _to_run({name: values[name].value for name, _, _ in _leaves()})
-    if not run.run_dir:
-        name = config_name(arguments) or f"{run.data.name}/{run.defense.name}"
-        run = dataclasses.replace(run, run_dir=str(Path("runs") / name))
-    return run
+    run_dir = run.run_dir or Path("runs") / (config_name(arguments) or f"{run.data.name}/{run.defense.name}")
+    return dataclasses.replace(run, run_dir=str(Path(run_dir).expanduser()))
 
 
 def _to_run(values: dict[str, Any]) -> config.Run:

@@ -18,27 +18,27 @@ from rich.console import Console
 
 from kerasdefense import config, data, evaluation, export, flags, training
 from kerasdefense.data import Splits
-from kerasdefense.defenses import Defense
+from kerasdefense.defenses import DEFENSES, Defense
 from kerasdefense.evaluation import SUITES
 from kerasdefense.evaluation.report import note
 from kerasdefense.files import replacing, write_json, write_text
 from kerasdefense.types import InputError, UsageError
 
-CONFIG, MODEL, HISTORY = "config.cfg", "model.keras", "history.json"
+MODEL, HISTORY = "model.keras", "history.json"
 RESULTS, ADVERSARIAL = "evaluation/results.json", "evaluation/adversarial.npz"
 
 
 def train(run: config.Run, splits: Splits) -> None:
     """Train and save config.cfg, history.json and model.keras to the run directory."""
     run_dir = Path(run.run_dir)
-    write_text(run_dir / CONFIG, "\n".join(flags.to_lines(run)) + "\n")
     defense, select = training.train(run, splits, run_dir)
+    for outdated in (RESULTS, ADVERSARIAL):  # measured on the model that was there before
+        (run_dir / outdated).unlink(missing_ok=True)
+    write_text(run_dir / flags.CONFIG, "\n".join(flags.to_lines(run)) + "\n")
     selection = {"monitor": f"val_{select.monitor}", "best": select.best, "best_epoch": select.best_epoch}
     write_json(run_dir / HISTORY, {**selection, "collapsed_epoch": select.collapsed_epoch, "epochs": select.history})
     with replacing(run_dir / MODEL) as temporary:
         (defense if run.export.optimizer else _without_optimizer(defense)).save(temporary)
-    for measured in (RESULTS, ADVERSARIAL):  # of the model that was there before
-        (run_dir / measured).unlink(missing_ok=True)
 
 
 def _without_optimizer(defense: Defense) -> Defense:
@@ -57,9 +57,12 @@ def load_defense(run: config.Run, splits: Splits) -> Defense:
     try:
         defense = keras.models.load_model(path)
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is not a model that Keras can load: {str(error).splitlines()[0]}") from error
-    if not isinstance(defense, Defense):
-        raise InputError(f"{path} holds a {type(defense).__name__}, not a defense of this package")
+        raise InputError(f"{path} is not a model that Keras can load: {_first_line(error)}") from error
+    if type(defense) is not DEFENSES[run.defense.name]:
+        raise InputError(f"{path} holds a {type(defense).__name__}, not what --defense_name={run.defense.name} trains")
+    if (defense.attack.norm, defense.attack.epsilon) != (run.attack.norm, run.attack.epsilon):
+        trained = f"{defense.attack.norm} at {defense.attack.epsilon:g}"
+        raise InputError(f"{path} was made for {trained}; to attack it at another radius pass --evaluate_epsilon")
     shape, classes = defense.backbone.input_shape[1:], defense.backbone.output_shape["logits"][-1]
     if shape != splits.image_shape or classes != len(splits.labels):
         found = f"{splits.name} has images {splits.image_shape} of {len(splits.labels)} classes"
@@ -198,11 +201,14 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, (UsageError, InputError)):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
-        where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{where}; nothing half-written was kept"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = next((line for line in lines if "must be in [0" in line), lines[0] if lines else "no message")
-    return f"{type(error).__name__}: {said} (--verbosity=1 shows where)"
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    return f"{type(error).__name__}: {_first_line(error)} (--verbosity=1 shows where)"
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of a message, or the one line in it that our own checks of a batch wrote."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    return next((line for line in lines if "must be in [0" in line), lines[0])
 
 
 if __name__ == "__main__":

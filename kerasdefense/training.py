@@ -15,12 +15,16 @@ import tensorflow as tf
 from kerasdefense import backbones, config, defenses
 from kerasdefense.data import Splits
 from kerasdefense.defenses import ADVERSARIAL_ACCURACY, Defense
-from kerasdefense.types import UsageError
+from kerasdefense.types import InputError, UsageError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # the notice of TFA's end of life
     from tensorflow_addons.callbacks import TQDMProgressBar
     from tensorflow_addons.optimizers import TriangularCyclicalLearningRate
+
+
+MASKED = 0.1
+"""How far accuracy under the training attack must be above that under PGD for a fall to be called overfitting to it."""
 
 
 def make_strategy(train: config.Train) -> tf.distribute.Strategy:
@@ -68,8 +72,8 @@ def build(run: config.Run, splits: Splits) -> Defense:
 class SelectBest(keras.callbacks.Callback):
     """Keep the epoch that is best on validation, and go back to it when training ends.
 
-    With `guard`, training also ends as soon as validation accuracy under attack collapses, which is how catastrophic
-    overfitting of single-step training shows: it falls below half of its best within one validation.
+    With `guard`, training also ends on catastrophic overfitting: accuracy under the validation attack falls below half
+    of its best, and is at least 10 points below the accuracy under the attack that training crafts with.
 
     Args:
         folder: where the best epoch's checkpoint is kept.
@@ -97,15 +101,21 @@ class SelectBest(keras.callbacks.Callback):
         """Save the epoch if it is the best so far; stop if accuracy under attack has collapsed."""
         logs = logs or {}
         self.history.append({"epoch": epoch + 1, **{name: float(value) for name, value in logs.items()}})
+        if not all(math.isfinite(each) for each in logs.values()):
+            raise InputError(f"the loss is not finite after epoch {epoch + 1}; lower --train_learning_rate")
         value = logs.get(f"val_{self.monitor}")
         if value is None:  # no validation after this epoch
             return
-        if self.guard and self.monitor == ADVERSARIAL_ACCURACY and value < 0.5 * self.best:
+        if self.guard and self.monitor == ADVERSARIAL_ACCURACY and self._has_collapsed(value, logs):
             self.collapsed_epoch = epoch + 1
             self.model.stop_training = True
         if value > self.best:
             self.best, self.best_epoch = float(value), epoch + 1
             self.checkpoints.save(checkpoint_number=epoch + 1)
+
+    def _has_collapsed(self, value: float, logs: dict[str, float]) -> bool:
+        """Return whether accuracy under PGD halved while that under the training attack stayed well above it."""
+        return value < 0.5 * self.best and logs[ADVERSARIAL_ACCURACY] - value > MASKED
 
     def on_train_end(self, logs: Optional[dict[str, float]] = None) -> None:
         """Restore the best epoch."""
@@ -132,8 +142,8 @@ def train(run: config.Run, splits: Splits, run_dir: Path) -> tuple[Defense, Sele
     """
     if run.train.epochs < 1:
         raise UsageError(f"--train_epochs must be at least 1, not {run.train.epochs}")
-    if run.train.validate_every > run.train.epochs:
-        raise UsageError("--train_validate_every must not exceed --train_epochs")
+    if not 1 <= run.train.validate_every <= run.train.epochs:
+        raise UsageError("--train_validate_every must be at least 1, and must not exceed --train_epochs")
     strategy = make_strategy(run.train)
     with strategy.scope():
         defense = build(run, splits)

@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from kerasdefense import evaluation, run
+from kerasdefense import evaluation, flags, run
 from kerasdefense.files import replacing
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +61,7 @@ def finished(tmp_path_factory):
 
 
 def test_run_writes_its_directory(finished):
-    for name in (run.CONFIG, run.MODEL, run.HISTORY, run.RESULTS, run.ADVERSARIAL, "saved_model/1/card.json"):
+    for name in (flags.CONFIG, run.MODEL, run.HISTORY, run.RESULTS, run.ADVERSARIAL, "saved_model/1/card.json"):
         assert (finished / name).is_file(), name
     for name in ("checkpoints", "tensorboard"):
         assert any((finished / name).iterdir()), name
@@ -89,7 +89,7 @@ def test_printed_lines_load_the_result(finished, capsys):
 
 
 def test_written_config_reproduces_run(finished, tmp_path):
-    assert run.main([f"--flagfile={finished / run.CONFIG}", f"--run_dir={tmp_path}", "--mode=train"]) == 0
+    assert run.main([f"--flagfile={finished / flags.CONFIG}", f"--run_dir={tmp_path}", "--mode=train"]) == 0
     models = [keras.models.load_model(folder / run.MODEL) for folder in (finished, tmp_path)]
     for one, two in zip(*(model.get_weights() for model in models)):
         np.testing.assert_array_equal(one, two)
@@ -140,7 +140,16 @@ def test_every_config_resolves(flagfile, monkeypatch, capsys, tmp_path, prepared
         (["--defense_name=fgsm_rs", "--attack_steps=7"], 2, "fgsm_rs takes one step"),
         (["--defense_name=pgd_at", "--attack_name=cleverhans_pgd"], 2, "cannot craft training images"),
         (["--defense_name=standard", "--defense_preset=released"], 2, "has no release"),
-        (["--attack_epsilon=-1"], 2, "epsilon must be"),
+        (["--attack_epsilon=-1"], 2, "--attack_epsilon=-1"),
+        (["--train_epochs=0"], 2, "--train_epochs=0"),
+        (["--train_momentum=2"], 2, "--train_momentum=2"),
+        (["--evaluate_chunk_size=0"], 2, "--evaluate_chunk_size=0"),
+        (["--train_seed=3000000000"], 2, "--train_seed=3000000000"),
+        (["--attack_name=fgsm_rs", "--noattack_random_start"], 2, "defined by its random start"),
+        (["--attack_objective=kl_divergence", "--noattack_random_start"], 2, "its gradient is zero"),
+        (["--backbone_logits_layer=logits"], 2, "need --backbone_path"),
+        (["--backbone_path=nowhere.keras"], 1, "no such file"),
+        (["--verbosity=--1"], 2, "--verbosity=--1"),
         (["--data_name=folder"], 2, "--data_dir"),
         (["--data_name=folder", "--data_dir=nowhere"], 1, "nowhere"),
         (["--train_batch_size=100000"], 2, "training images"),
@@ -171,6 +180,24 @@ def test_model_of_other_data_is_refused(finished, tmp_path, capsys):
     arguments = ["--mode=evaluate", "--data_name=folder", f"--data_dir={tmp_path}"]
     assert run.main(tiny(finished, *arguments)) == 1
     assert "of 10 classes, but" in capsys.readouterr().err
+
+
+def test_export_describes_the_model_that_is_there(finished, tmp_path, capsys):
+    assert run.main([f"--run_dir={finished}", "--mode=export", "--export_version=9", "--noprogress"]) == 0
+    card = json.loads((finished / "saved_model/9/card.json").read_text())
+    assert (card["defense"]["name"], card["threat_model"]["epsilon"]) == ("pgd_at", 0.1)
+    assert run.main(tiny(finished, "--mode=export", "--defense_name=standard")) == 1
+    assert "holds a PGDAT" in capsys.readouterr().err
+    assert run.main(tiny(finished, "--mode=evaluate", "--attack_epsilon=0.2")) == 1
+    assert "--evaluate_epsilon" in capsys.readouterr().err
+
+
+def test_own_model_of_any_size_goes_all_the_way(tmp_path):
+    image = keras.Input([None, None, 1])
+    pooled = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 3, activation="relu")(image))
+    keras.Model(image, keras.layers.Dense(10, activation="softmax")(pooled)).save(tmp_path / "my.keras")
+    assert run.main(tiny(tmp_path / "run", f"--backbone_path={tmp_path / 'my.keras'}")) == 0
+    assert (tmp_path / "run/saved_model/1/card.json").is_file()
 
 
 def test_damaged_model_is_refused(tmp_path, capsys):

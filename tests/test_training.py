@@ -8,7 +8,7 @@ import tensorflow as tf
 from kerasdefense import backbones, config, data, training
 from kerasdefense.attacks import FGSM, OBJECTIVES, PGD, misclassified, seeds
 from kerasdefense.defenses import PGDAT
-from kerasdefense.types import UsageError
+from kerasdefense.types import InputError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def pgd_accuracy(defense, split, epsilon):
 class TestSelectBest:
     """Selection on scripted validation values, with a real model and real checkpoints."""
 
-    def fit(self, folder, values, *, guard=True):
+    def fit(self, folder, values, *, guard=True, **more):
         image = keras.Input([1])
         model = keras.Model(image, keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")(image))
         model.compile("sgd", "mse")
@@ -58,7 +58,8 @@ class TestSelectBest:
         model.stop_training = False
         for epoch, value in enumerate(values):
             model.set_weights([np.full([1, 1], epoch + 1.0)])
-            select.on_epoch_end(epoch, {} if value is None else {"val_adversarial_accuracy": value})
+            logs = {} if value is None else {"val_adversarial_accuracy": value}
+            select.on_epoch_end(epoch, {"adversarial_accuracy": 0.55, **logs, **more})
             if model.stop_training:
                 break
         select.on_train_end()
@@ -80,6 +81,14 @@ class TestSelectBest:
     def test_without_guard_training_goes_on(self, tmp_path):
         select, weight = self.fit(tmp_path, [0.2, 0.5, 0.1, 0.6], guard=False)
         assert (select.collapsed_epoch, select.best_epoch, weight) == (None, 4, 4.0)
+
+    def test_guard_lets_a_fall_pass_that_training_shares(self, tmp_path):
+        select, _ = self.fit(tmp_path, [0.10, 0.04, 0.3], adversarial_accuracy=0.12)
+        assert (select.collapsed_epoch, select.best_epoch) == (None, 3)
+
+    def test_loss_that_is_not_finite_ends_the_run(self, tmp_path):
+        with pytest.raises(InputError, match="not finite after epoch 1; lower --train_learning_rate"):
+            self.fit(tmp_path, [0.2], cross_entropy_loss=float("nan"))
 
     def test_run_that_is_never_validated_is_refused(self, tmp_path):
         with pytest.raises(UsageError, match="no epoch was validated"):
@@ -165,6 +174,7 @@ def test_optimizer_does_not_decay_offsets_and_scales():
     [
         ({"epochs": 0}, "--train_epochs must be at least 1"),
         ({"epochs": 2, "validate_every": 3}, "must not exceed --train_epochs"),
+        ({"epochs": 2, "validate_every": 0}, "must be at least 1"),
         ({"batch_size": 33, "strategy": "mirrored"}, "does not divide over 2 replicas"),
     ],
 )

@@ -17,7 +17,7 @@ from kerasdefense.backbones.own import as_backbone, load
 from kerasdefense.backbones.plain import small_cnn
 from kerasdefense.backbones.resnet import cifar_resnet, resnet18
 from kerasdefense.backbones.wide import wide_resnet
-from kerasdefense.types import look_up
+from kerasdefense.types import UsageError, look_up
 
 BACKBONES: dict[str, Callable[..., keras.Model]] = {
     "resnet14": functools.partial(cifar_resnet, depth=14),
@@ -39,6 +39,8 @@ def build(backbone: config.Backbone, *, image_shape: ImageShape, classes: int) -
     """
     if backbone.path:
         return load(backbone, image_shape=image_shape, classes=classes)
+    if backbone.pooling_layer or backbone.logits_layer:
+        raise UsageError("--backbone_pooling_layer and --backbone_logits_layer need --backbone_path, your own model")
     make = look_up(BACKBONES, backbone.name, "backbone")
     if backbone.name == "wide_resnet":
         return make(image_shape, classes, depth=backbone.depth, width=backbone.width)

@@ -79,16 +79,20 @@ def load(backbone: config.Backbone, *, image_shape: ImageShape, classes: int) ->
     outputs = model.output["logits"].shape[-1]
     if outputs != classes:
         raise InputError(f"{flag}: the model has {outputs} classes, but the data has {classes}")
-    return model
+    if shape == tuple(image_shape):
+        return model
+    image = keras.Input(image_shape, dtype="float32", name="image")  # it takes any size: fix that of the data
+    return keras.Model(image, model(image), name=model.name)
 
 
 def _read(path: str) -> keras.Model:
     """Return the Keras model in a file or folder, uncompiled."""
-    if not Path(path).exists():
+    file = Path(path).expanduser()
+    if not file.exists():
         raise InputError("no such file or folder")
     try:
         with SafeModeScope(True):  # the safe_mode of load_model holds for .keras only
-            return keras.models.load_model(path, compile=False)
+            return keras.models.load_model(file, compile=False)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"Keras cannot load it: {reason}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import keras
+import tensorflow as tf
 
 from kerasdefense import attacks, config
 from kerasdefense.attacks import PGD
@@ -19,15 +20,12 @@ DEFENSES: dict[str, type[Defense]] = {
     "standard": Standard,
 }
 
-_RELEASED: tuple[str, ...] = ()
-"""Defenses with a `released` preset, the behaviour of their authors' code."""
-
 
 def build(run: config.Run, backbone: keras.Model) -> Defense:
     """Return the uncompiled defense that a run describes, around `backbone`."""
     name = run.defense.name
     kind = look_up(DEFENSES, name, "defense")
-    if run.defense.preset == "released" and name not in _RELEASED:
+    if run.defense.preset == "released":
         raise UsageError(f"--defense_preset=released: {name} has no release to follow; use recommended")
     training_attack = run.attack
     if name == "fgsm_rs":
@@ -41,6 +39,9 @@ def build(run: config.Run, backbone: keras.Model) -> Defense:
             )
         training_attack = dataclasses.replace(run.attack, name="fgsm_rs")
     attack = attacks.build(training_attack)
+    if run.backbone.path:
+        image = tf.random.stateless_uniform([8, *backbone.input_shape[1:]], [0, 0])
+        attacks.check_logits(backbone(image, training=False)["logits"])
     return kind(
         backbone,
         attack=attack,

@@ -107,10 +107,16 @@ class Defense(keras.Model):
         if isinstance(data, Mapping):
             image, label, index = data["image"], data["label"], data["index"]
         else:
-            image, label, _ = keras.utils.unpack_x_y_sample_weight(data)
+            image, label, weight = keras.utils.unpack_x_y_sample_weight(data)
+            if weight is not None:
+                raise UsageError("sample and class weights are not used by any defense; pass plain (image, label)")
             size = tf.shape(image)[0]
             index = tf.range(size) + size * tf.cast(_replica().replica_id_in_sync_group, tf.int32)
         image, label = tf.cast(image, tf.float32), tf.cast(label, tf.int32)
+        if label.shape.rank == 2 and label.shape[1] == 1:
+            label = label[:, 0]
+        if label.shape.rank != 1:
+            raise UsageError(f"labels must be class numbers of shape [batch], not {label.shape}, not one-hot")
         classes = self.backbone.output_shape["logits"][-1]
         checks = [
             tf.debugging.Assert(

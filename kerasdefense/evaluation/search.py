@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from kerasdefense.attacks import OBJECTIVES, check_logits, misclassified, seeds, share_pass
 from kerasdefense.evaluation.suites import PlannedAttack
-from kerasdefense.types import Context, LossFn, PathFn, SuccessFn
+from kerasdefense.types import Context, LossFn, PathFn, SuccessFn, UsageError
 
 _SMALL = 4
 """Chunks of few survivors are padded to a quarter of the chunk size, others to the whole."""
@@ -91,6 +91,8 @@ class Search:
         self._seed = seed
         self._chunk_size = chunk_size
         if self.attack.takes == "loss":
+            if self.objective not in ("cross_entropy", "margin"):
+                raise UsageError(f"attack {self.name} must maximise cross_entropy or margin, not {self.objective}")
             self._compile()
         else:
             # One function object (a method would be a new one at each access), for attacks that compile its gradient.

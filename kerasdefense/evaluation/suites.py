@@ -8,7 +8,11 @@ from kerasdefense.attacks import ATTACKS, FGSM, PGD, Attack
 
 
 class PlannedAttack(NamedTuple):
-    """An attack of a suite: the name it is reported under, the attack, and the objective it maximises."""
+    """An attack of a suite: the name it is reported under, the attack, and the objective it maximises.
+
+    The objective is `cross_entropy` or `margin`, which need no more of an example than its label; an attack that takes
+    logits has an objective of its own, named here for the report.
+    """
 
     name: str
     attack: Attack
@@ -32,7 +36,7 @@ def _standard(norm: str, epsilon: float) -> tuple[PlannedAttack, ...]:
 
 def _cleverhans(norm: str, epsilon: float) -> tuple[PlannedAttack, ...]:
     names = ("cleverhans_fgm", "cleverhans_pgd", "cleverhans_mim") + (("cleverhans_cw_l2",) if norm == "l2" else ())
-    return tuple(PlannedAttack(name, ATTACKS[name](norm=norm, epsilon=epsilon)) for name in names)
+    return tuple(PlannedAttack(name, ATTACKS[name](norm=norm, epsilon=epsilon), "its own") for name in names)
 
 
 SUITES: dict[str, Callable[[str, float], tuple[PlannedAttack, ...]]] = {
