@@ -50,7 +50,8 @@ def other_value(name):
     elif isinstance(default, bool):
         value = not default
     elif isinstance(default, (int, float)):
-        value = default + 1
+        highest = field.metadata["high"]
+        value = default / 2 if highest is not None and default + 1 > highest else default + 1
     else:
         value = "other"
     return value, str(value).lower() if isinstance(value, bool) else str(value)
@@ -90,6 +91,15 @@ def test_flag_sets_its_field_and_no_other(name):
         assert run.run_dir == "other"
 
 
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.metadata["low"] is not None])
+def test_flag_outside_its_range_is_refused(name):
+    with pytest.raises(UsageError, match=f"--{name}="):
+        flags.parse([f"--{name}={FIELDS[name].metadata['low'] - 1}"])
+    if FIELDS[name].metadata["high"] is not None:
+        with pytest.raises(UsageError, match=f"--{name}="):
+            flags.parse([f"--{name}={FIELDS[name].metadata['high'] + 1}"])
+
+
 def test_lines_give_an_equal_run_again():
     run = flags.parse([f"--{name}={other_value(name)[1]}" for name in FIELDS])
     assert all(value_of(run, name) != FIELDS[name].default for name in FIELDS)
@@ -101,7 +111,7 @@ def test_lines_give_an_equal_run_again():
 @given(
     st.floats(0, 1),
     st.floats(1e-30, 1e30),
-    st.integers(-(2**40), 2**40),
+    st.integers(0, config.SEEDS),
     st.booleans(),
     st.text("ab09_/.=,:~-é", max_size=12),
 )

@@ -2,9 +2,11 @@
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
-from kerasdefense import PGD, PGDAT, as_backbone
+from kerasdefense import FGSMRS, PGD, PGDAT, UsageError, as_backbone
+from kerasdefense.defenses import DEFENSES
 
 
 def test_own_model_mobilenet_trains_adversarially(tmp_path):
@@ -20,3 +22,32 @@ def test_own_model_mobilenet_trains_adversarially(tmp_path):
     defense.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_allclose(loaded(image), defense(image), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_own_model_trains_under_every_defense(name):
+    image = keras.Input([8, 8, 1])
+    pooled = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 3, activation="relu")(image))
+    backbone = as_backbone(keras.Model(image, keras.layers.Dense(3, activation="softmax")(pooled)))
+    defense = DEFENSES[name](backbone, attack=FGSMRS(epsilon=0.1))
+    defense.compile("sgd")
+    before = defense.get_weights()
+    images = np.random.default_rng(0).uniform(size=(8, 8, 8, 1)).astype(np.float32)
+    defense.fit(images, np.arange(8)[:, None] % 3, batch_size=4, verbose=0)  # labels as keras.datasets gives them
+    assert not any(np.array_equal(one, two) for one, two in zip(before[:4], defense.get_weights()[:4]))
+    assert np.abs(defense(images).numpy().sum(axis=1) - 1).min() > 1e-3  # logits, though the model ends in a softmax
+
+
+def test_weights_and_one_hot_labels_are_refused():
+    image = keras.Input([8, 8, 1])
+    backbone = as_backbone(
+        keras.Model(
+            image, keras.layers.Dense(3)(keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(2, 3)(image)))
+        )
+    )
+    defense = PGDAT(backbone, attack=FGSMRS(epsilon=0.1))
+    images, label = np.zeros([4, 8, 8, 1], np.float32), np.zeros(4, np.int32)
+    with pytest.raises(UsageError, match="weights are not used"):
+        defense.unpack((images, label, np.ones(4)))
+    with pytest.raises(UsageError, match="not one-hot"):
+        defense.unpack((images, np.eye(3)[label]))
