@@ -6,6 +6,7 @@ few steps into one graph while evaluation drives one compiled step from Python, 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -110,6 +111,13 @@ class PGD(Attack):
             results.append(self.finish(loss_fn, state, context, success_fn))
         best: AttackResult = functools.reduce(lambda first, second: better(first, second), results)
         return AttackResult(*map(tf.stop_gradient, best))
+
+    def scaled(self, share: tf.Tensor) -> PGD:
+        """Return the attack with radius and step times `share`, a scalar tensor above 0: for use inside one graph."""
+        scaled = copy.copy(self)
+        object.__setattr__(scaled, "epsilon", self.epsilon * share)
+        object.__setattr__(scaled, "step_size", self.length * share)
+        return scaled
 
     def restart_seed(self, seed: tf.Tensor, restart: int) -> tf.Tensor:
         """Return the seeds [batch, 2] of one restart."""

@@ -15,6 +15,7 @@ from kerasdefense import config
 from kerasdefense.backbones.blocks import ImageShape
 from kerasdefense.backbones.own import as_backbone, load
 from kerasdefense.backbones.plain import small_cnn
+from kerasdefense.backbones.precision import in_precision, with_precision
 from kerasdefense.backbones.resnet import cifar_resnet, resnet18
 from kerasdefense.backbones.wide import wide_resnet
 from kerasdefense.types import UsageError, look_up
@@ -47,4 +48,14 @@ def build(backbone: config.Backbone, *, image_shape: ImageShape, classes: int) -
     return make(image_shape, classes, width=backbone.width)
 
 
-__all__ = ["BACKBONES", "as_backbone", "build", "cifar_resnet", "resnet18", "small_cnn", "wide_resnet"]
+__all__ = [
+    "BACKBONES",
+    "as_backbone",
+    "build",
+    "cifar_resnet",
+    "in_precision",
+    "resnet18",
+    "small_cnn",
+    "wide_resnet",
+    "with_precision",
+]

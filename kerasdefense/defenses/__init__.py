@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -11,18 +13,38 @@ from kerasdefense import attacks, config
 from kerasdefense.attacks import PGD
 from kerasdefense.defenses.adversarial_training import FGSMRSAT, PGDAT
 from kerasdefense.defenses.base import ADVERSARIAL_ACCURACY, CLEAN_ACCURACY, Defense
+from kerasdefense.defenses.keeping import as_kept
+from kerasdefense.defenses.mart import MART
+from kerasdefense.defenses.stage import Stage
 from kerasdefense.defenses.standard import Standard
+from kerasdefense.defenses.trades import TRADES
 from kerasdefense.types import UsageError, look_up
 
 DEFENSES: dict[str, type[Defense]] = {
     "fgsm_rs": FGSMRSAT,
+    "mart": MART,
     "pgd_at": PGDAT,
     "standard": Standard,
+    "trades": TRADES,
 }
 
 
-def build(run: config.Run, backbone: keras.Model) -> Defense:
-    """Return the uncompiled defense that a run describes, around `backbone`."""
+def stages(run: config.Run) -> tuple[Stage, ...]:
+    """Return the stages that the defense of a run is trained in before itself."""
+    return look_up(DEFENSES, run.defense.name, "defense").stages(run)
+
+
+def build(
+    run: config.Run, backbone: keras.Model, *, steps_per_epoch: int = 1, stages: Mapping[str, keras.Model] = {}
+) -> Defense:
+    """Return the uncompiled defense that a run describes, around `backbone`.
+
+    Args:
+        run: the configuration.
+        backbone: functional model with named outputs.
+        steps_per_epoch: what an epoch of the warm-up is.
+        stages: what its stages have trained, by name.
+    """
     name = run.defense.name
     kind = look_up(DEFENSES, name, "defense")
     if run.defense.preset == "released":
@@ -45,12 +67,28 @@ def build(run: config.Run, backbone: keras.Model) -> Defense:
     return kind(
         backbone,
         attack=attack,
-        objective=run.attack.objective,
+        objective=run.attack.objective or None,
         validation_attack=PGD(norm=attack.norm, epsilon=attack.epsilon, steps=run.train.validation_steps, keep="last"),
         label_smoothing=run.defense.label_smoothing,
+        awp_gamma=run.defense.awp_gamma,
+        warmup_steps=round(run.attack.warmup_epochs * steps_per_epoch),
+        ramp_steps=round(run.attack.ramp_epochs * steps_per_epoch),
         seed=run.train.seed,
         name=name,
+        **_own_settings(run.defense, kind),
+        **stages,
     )
+
+
+def _own_settings(defense: config.Defense, kind: type[Defense]) -> dict[str, Any]:
+    """Return the method's own constructor arguments that are set, and refuse those of other methods."""
+    every = sorted({name for each in DEFENSES.values() for name in each.settings})
+    given = {name: getattr(defense, name) for name in every if getattr(defense, name)}
+    for name in given:
+        if name not in kind.settings:
+            takers = ", ".join(key for key, each in DEFENSES.items() if name in each.settings)
+            raise UsageError(f"--defense_{name} is no setting of {defense.name}; it is one of: {takers}")
+    return given
 
 
 __all__ = [
@@ -58,8 +96,13 @@ __all__ = [
     "CLEAN_ACCURACY",
     "DEFENSES",
     "FGSMRSAT",
+    "MART",
     "PGDAT",
+    "TRADES",
     "Defense",
+    "Stage",
     "Standard",
+    "as_kept",
     "build",
+    "stages",
 ]

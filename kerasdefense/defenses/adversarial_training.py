@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from kerasdefense import losses
 from kerasdefense.attacks import FGSMRS
-from kerasdefense.defenses.base import ADVERSARIAL_ACCURACY, Defense
+from kerasdefense.defenses.base import Defense
 from kerasdefense.types import UsageError
 
 
@@ -35,8 +35,7 @@ class PGDAT(Defense):
             return {"cross_entropy_loss": loss}, logits
 
         logits = self.descend(forward)
-        self.record_accuracy(ADVERSARIAL_ACCURACY, logits, batch.label)
-        return self.report("cross_entropy_loss", ADVERSARIAL_ACCURACY)
+        return self.report(batch.label, adversarial=logits)
 
 
 @keras.saving.register_keras_serializable(package="kerasdefense")

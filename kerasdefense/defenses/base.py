@@ -5,77 +5,90 @@ You can do without it: attacks and evaluation take functions, not defenses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Callable, ClassVar, NamedTuple, Optional
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Optional
 
 import keras
 import tensorflow as tf
 
-from kerasdefense.attacks import OBJECTIVES, PGD, misclassified, seeds
-from kerasdefense.types import Activations, Context, LossFn, PathFn, UsageError, look_up
+from kerasdefense import config
+from kerasdefense.attacks import OBJECTIVES, PGD, seeds
+from kerasdefense.defenses import batch as batches
+from kerasdefense.defenses import crafting, descent
+from kerasdefense.defenses.averages import averages_in_place
+from kerasdefense.defenses.batch import Batch
+from kerasdefense.defenses.stage import Stage
+from kerasdefense.types import Activations, Context, LossFn, PathFn, UsageError
 
 CLEAN_ACCURACY = "clean_accuracy"
 ADVERSARIAL_ACCURACY = "adversarial_accuracy"
-
-
-class Batch(NamedTuple):
-    """A training batch: image float32 [batch, h, w, c] in [0, 1], label int32 [batch], index int32 [batch]."""
-
-    image: tf.Tensor
-    label: tf.Tensor
-    index: tf.Tensor
 
 
 class Defense(keras.Model):
     """Base class: `call` is the full defended path, `train_step` is the method's algorithm.
 
     A subclass names its loss terms in `terms` and writes `train_step` out of the verbs below: `unpack` the batch,
-    `craft` adversarial images, `descend` on named loss terms, `record` accuracies and `report` them.
+    `craft` adversarial images, `descend` on named loss terms and `report` them with the accuracies.
 
     Args:
         backbone: functional Keras model from image to `feature_map`, `embedding` and `logits`.
         attack: threat model, and the attack that training crafts with.
-        objective: what `attack` maximises, a key of OBJECTIVES that needs no target.
+        objective: what `attack` maximises, a key of OBJECTIVES that needs no target; None = the method's own.
         validation_attack: attack of `test_step` on `call`; None = PGD-10 of the same threat model.
         label_smoothing: label mass spread evenly over all classes, in [0, 1).
+        awp_gamma: length of the adversarial weight perturbation relative to each kernel's norm; 0 = none.
+        warmup_steps: steps on clean images before the attack starts.
+        ramp_steps: steps over which the attack's radius then rises linearly to its own.
         seed: seed of the attacks' random starts.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("cross_entropy_loss",)
     monitor: ClassVar[str] = ADVERSARIAL_ACCURACY
     """The validation metric by which the best epoch is selected."""
+    own_objective: ClassVar[str] = "cross_entropy"
+    """What the method's attack maximises unless told otherwise."""
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Fields of `config.Defense` that are this method's own constructor arguments."""
 
     def __init__(
         self,
         backbone: keras.Model,
         *,
         attack: PGD,
-        objective: str = "cross_entropy",
+        objective: Optional[str] = None,
         validation_attack: Optional[PGD] = None,
         label_smoothing: float = 0.0,
+        awp_gamma: float = 0.0,
+        warmup_steps: int = 0,
+        ramp_steps: int = 0,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if not 0 <= label_smoothing < 1:
             raise UsageError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
-        look_up(OBJECTIVES, objective, "objective")
-        if objective.startswith("targeted"):
-            raise UsageError(f"objective {objective} needs targets; training attacks take an untargeted one")
+        if min(awp_gamma, warmup_steps, ramp_steps) < 0:
+            raise UsageError("awp_gamma, warmup_steps and ramp_steps must be at least 0")
         self.backbone = backbone
         self.attack = attack
-        self.objective = objective
+        self.objective = objective or self.own_objective
+        crafting.check_objective(self.objective, attack)
         self.validation_attack = validation_attack or PGD(norm=attack.norm, epsilon=attack.epsilon, keep="last")
         self.label_smoothing = label_smoothing
+        self.awp_gamma = awp_gamma
+        self.warmup_steps = warmup_steps
+        self.ramp_steps = ramp_steps
         self.seed = seed
-        self.step = tf.Variable(
-            0,
-            dtype=tf.int64,
-            trainable=False,
-            name="step",
-            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-        )
+        aggregation = tf.VariableAggregation.ONLY_FIRST_REPLICA
+        self.step = tf.Variable(0, dtype=tf.int64, trainable=False, name="step", aggregation=aggregation)
         self.built = True
+
+    @classmethod
+    def stages(cls, run: config.Run) -> tuple[Stage, ...]:
+        """Return what must be trained before the defense itself, in order; it is handed to the constructor by name."""
+        del run
+        return ()
 
     # What attacks, evaluation and export see.
 
@@ -99,90 +112,91 @@ class Defense(keras.Model):
     # The verbs of training.
 
     def unpack(self, data: Any) -> Batch:
-        """Return the batch in `data`: a dict with image, label and index, or a plain `(image, label)`.
-
-        Plain data carry no index; an example's place in the global batch stands in for it. Images outside [0, 1] or
-        labels outside [0, classes) stop the step.
-        """
-        if isinstance(data, Mapping):
-            image, label, index = data["image"], data["label"], data["index"]
-        else:
-            image, label, weight = keras.utils.unpack_x_y_sample_weight(data)
-            if weight is not None:
-                raise UsageError("sample and class weights are not used by any defense; pass plain (image, label)")
-            size = tf.shape(image)[0]
-            index = tf.range(size) + size * tf.cast(_replica().replica_id_in_sync_group, tf.int32)
-        image, label = tf.cast(image, tf.float32), tf.cast(label, tf.int32)
-        if label.shape.rank == 2 and label.shape[1] == 1:
-            label = label[:, 0]
-        if label.shape.rank != 1:
-            raise UsageError(f"labels must be class numbers of shape [batch], not {label.shape}, not one-hot")
-        classes = self.backbone.output_shape["logits"][-1]
-        checks = [
-            tf.debugging.Assert(
-                tf.reduce_all((image >= 0) & (image <= 1)),
-                ["images must be in [0, 1] and not NaN; scale them before training"],
-            ),
-            tf.debugging.Assert(
-                tf.reduce_all((label >= 0) & (label < classes)),
-                [f"labels must be in [0, {classes}), one class of the model each"],
-            ),
-        ]
-        with tf.control_dependencies([check for check in checks if check is not None]):
-            return Batch(tf.identity(image), tf.identity(label), tf.cast(index, tf.int32))
+        """Return the checked batch in `data`, as `batch.unpack` describes."""
+        return batches.unpack(data, self.backbone.output_shape["logits"][-1])
 
     def craft(
         self, batch: Batch, attack: PGD, *, loss_fn: Optional[LossFn] = None, context: Context = None
     ) -> tf.Tensor:
         """Return adversarial images [batch, h, w, c] by `attack` on `loss_fn`, by default the objective on `call`.
 
-        Their random starts are keyed by the run's seed, the step and each example's index.
+        Their random starts are keyed by the run's seed, the step and each example's index. During the warm-up they are
+        the clean images; while the radius rises, radius and step of the attack are that share of its own.
         """
-        if loss_fn is None:
-            loss_fn = OBJECTIVES[self.objective](self._logits)
-            context = {"label": batch.label}
-            if self.objective == "kl_divergence":
-                context["logits"] = tf.stop_gradient(self._logits(batch.image))
-        return attack(loss_fn, batch.image, context, seeds.per_example(self.seed, self.step, batch.index)).image
+        seed = seeds.per_example(self.seed, self.step, batch.index)
 
-    def descend(self, forward: Callable[[], tuple[dict[str, tf.Tensor], tf.Tensor]]) -> tf.Tensor:
+        def find(attack: PGD) -> tf.Tensor:
+            if loss_fn is not None:
+                return self._search(attack, loss_fn, batch.image, context, seed)
+            own = {"label": batch.label}
+            if self.objective == "kl_divergence":
+                own["logits"] = tf.stop_gradient(self._logits(batch.image))
+            return self._search(attack, OBJECTIVES[self.objective](self._logits), batch.image, own, seed)
+
+        schedule = {"warmup": self.warmup_steps, "ramp": self.ramp_steps}
+        return crafting.with_rising_radius(find, attack, batch.image, self.step, **schedule)
+
+    def descend(self, forward: descent.Forward) -> Any:
         """Take one optimizer step on the sum of the loss terms and return what else `forward` returns.
+
+        With `awp_gamma` the gradient is that at perturbed weights, at the cost of one more gradient of them.
 
         Args:
             forward: returns `(terms, outputs)`; `terms` maps each name in `self.terms` to a loss per example [batch],
                 weights included. Terms are averaged over the global batch, regularisation losses added.
         """
-        with tf.GradientTape() as tape:
-            terms, outputs = forward()
-            size = _global_size(next(iter(terms.values())))
-            regularisation = [loss / _replica().num_replicas_in_sync for loss in self.losses]
-            total = tf.add_n([tf.reduce_sum(term) / size for term in terms.values()] + regularisation)
         variables = self.trainable_variables
-        self.optimizer.apply_gradients(zip(tape.gradient(total, variables), variables))
+        terms, outputs = descent.descend(forward, self, self.optimizer, variables, awp_gamma=self.awp_gamma)
         self.step.assign_add(1)
         for name, term in terms.items():
-            self.record(name, term)
+            self.means[name].update_state(term)
         return outputs
 
-    def record(self, name: str, values: tf.Tensor) -> None:
-        """Add values [batch] to the running mean `name`."""
-        self.means[name].update_state(values)
+    def report(
+        self, label: tf.Tensor, *, clean: Optional[tf.Tensor] = None, adversarial: Optional[tf.Tensor] = None
+    ) -> dict[str, tf.Tensor]:
+        """Add the share of right predictions to the running means and return these, with those of the loss terms.
 
-    def record_accuracy(self, name: str, logits: tf.Tensor, label: tf.Tensor) -> None:
-        """Add the share of right predictions to the running mean `name`."""
-        self.record(name, tf.argmax(logits, axis=-1, output_type=tf.int32) == label)
-
-    def report(self, *names: str) -> dict[str, tf.Tensor]:
-        """Return the named running means."""
+        Args:
+            label: int32 [batch].
+            clean: logits [batch, classes] of the clean images, if the step has them.
+            adversarial: logits of the adversarial images, if the step has them.
+        """
+        names = list(self.terms)
+        for name, logits in ((CLEAN_ACCURACY, clean), (ADVERSARIAL_ACCURACY, adversarial)):
+            if logits is not None:
+                self._record_accuracy(name, logits, label)
+                names.append(name)
         return {name: self.means[name].result() for name in names}
+
+    @property
+    def attack_budget(self) -> int:
+        """Input gradients that training spends on an image."""
+        return self.attack.steps * self.attack.restarts
+
+    # What every optimizer is for, and the averages that some of them keep.
+
+    def optimizers(self) -> list[tuple[keras.optimizers.Optimizer, Sequence[Any]]]:
+        """Return each optimizer with the variables that it updates."""
+        return [(self.optimizer, self.trainable_variables)]
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return a context in which the averages of every optimizer that keeps some stand in for the weights."""
+        return averages_in_place(self.optimizers())
 
     # Keras.
 
     def compile(self, optimizer: Any = "sgd", **kwargs: Any) -> None:
         """Set the optimizer; losses and metrics are the method's own. Scales, offsets and biases are not decayed."""
+        optimizer = keras.optimizers.get(optimizer)
+        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        if inner.weight_decay:
+            inner.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
+        if inner is optimizer and crafting.computes_in_float16(self):
+            optimizer = keras.mixed_precision.LossScaleOptimizer(optimizer)
         super().compile(optimizer=optimizer, **kwargs)
-        if getattr(self.optimizer, "weight_decay", None):
-            self.optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
+        for each, variables in self.optimizers():  # now, so that their slots can be restored
+            each.build(variables)
         names = (*self.terms, CLEAN_ACCURACY, ADVERSARIAL_ACCURACY)
         self.means = {name: keras.metrics.Mean(name=name) for name in names}
 
@@ -193,9 +207,8 @@ class Defense(keras.Model):
         return {"optimizer": keras.saving.serialize_keras_object(self.optimizer)}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compile as before saving, and build the optimizer so that its slots can be restored."""
+        """Compile as before saving."""
         self.compile(optimizer=keras.saving.deserialize_keras_object(config["optimizer"]))
-        self.optimizer.build(self.trainable_variables)
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
@@ -205,23 +218,23 @@ class Defense(keras.Model):
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Measure accuracy, clean and under the validation attack on `call`; never by a method's own objective."""
         batch = self.unpack(data)
-        self.record_accuracy(CLEAN_ACCURACY, self._logits(batch.image), batch.label)
-        context = {"label": batch.label}
-        seed = seeds.per_example(self.seed, -1, batch.index)
-        image_adv = self.validation_attack(OBJECTIVES["cross_entropy"](self._logits), batch.image, context, seed).image
-        self.record(ADVERSARIAL_ACCURACY, ~misclassified(self._logits)(image_adv, context))
-        return self.report(CLEAN_ACCURACY, ADVERSARIAL_ACCURACY)
+        self._record_accuracy(CLEAN_ACCURACY, self._logits(batch.image), batch.label)
+        self._record_accuracy(ADVERSARIAL_ACCURACY, self._logits(self.attacked(batch)), batch.label)
+        return {name: self.means[name].result() for name in (CLEAN_ACCURACY, ADVERSARIAL_ACCURACY)}
+
+    def attacked(self, batch: Batch) -> tf.Tensor:
+        """Return images [batch, h, w, c] that the validation attack finds on `call`, the same at every call."""
+        seed, context = seeds.per_example(self.seed, -1, batch.index), {"label": batch.label}
+        cross_entropy = OBJECTIVES["cross_entropy"](self._logits)
+        return self._search(self.validation_attack, cross_entropy, batch.image, context, seed)
 
     def get_config(self) -> dict[str, Any]:
         """Return every constructor argument."""
+        plain = ("objective", "label_smoothing", "awp_gamma", "warmup_steps", "ramp_steps", "seed", "name")
+        models = ("backbone", "attack", "validation_attack")
         return {
-            "backbone": keras.saving.serialize_keras_object(self.backbone),
-            "attack": keras.saving.serialize_keras_object(self.attack),
-            "objective": self.objective,
-            "validation_attack": keras.saving.serialize_keras_object(self.validation_attack),
-            "label_smoothing": self.label_smoothing,
-            "seed": self.seed,
-            "name": self.name,
+            **{name: keras.saving.serialize_keras_object(getattr(self, name)) for name in models},
+            **{name: getattr(self, name) for name in plain},
         }
 
     @classmethod
@@ -232,17 +245,13 @@ class Defense(keras.Model):
             config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
         return cls(**config)
 
+    # What the verbs are made of.
+
     def _logits(self, image: tf.Tensor) -> tf.Tensor:
         return self(image, training=False)
 
+    def _search(self, attack: PGD, loss_fn: LossFn, image: tf.Tensor, context: Context, seed: tf.Tensor) -> tf.Tensor:
+        return crafting.search(attack, loss_fn, image, context, seed, float16=crafting.computes_in_float16(self))
 
-def _global_size(values: tf.Tensor) -> tf.Tensor:
-    """Return the number of examples over all replicas, of which `values` [batch] are this replica's."""
-    size = tf.cast(tf.shape(values)[0], values.dtype)
-    if _replica().num_replicas_in_sync == 1:
-        return size
-    return _replica().all_reduce(tf.distribute.ReduceOp.SUM, size)
-
-
-def _replica() -> tf.distribute.ReplicaContext:
-    return tf.distribute.get_replica_context()
+    def _record_accuracy(self, name: str, logits: tf.Tensor, label: tf.Tensor) -> None:
+        self.means[name].update_state(tf.argmax(logits, axis=-1, output_type=tf.int32) == label)

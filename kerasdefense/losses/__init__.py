@@ -1,5 +1,5 @@
 """Losses: pure functions of tensors, one value per example."""
 
-from kerasdefense.losses.classification import cross_entropy, kl_divergence, margin
+from kerasdefense.losses.classification import boosted_cross_entropy, cross_entropy, kl_divergence, margin
 
-__all__ = ["cross_entropy", "kl_divergence", "margin"]
+__all__ = ["boosted_cross_entropy", "cross_entropy", "kl_divergence", "margin"]

@@ -15,14 +15,22 @@ from kerasdefense.training import mirrored
 SHAPE, CLASSES, BATCH = (8, 8, 1), 3, 8
 CASES = {
     "fgsm_rs": {"attack": FGSMRS(epsilon=0.1)},
+    "mart": {"attack": PGD(epsilon=0.1, steps=2, keep="last")},
     "pgd_at": {"attack": PGD(epsilon=0.1, steps=2, keep="last")},
     "standard": {"attack": PGD(epsilon=0.1, steps=2, keep="last")},
+    "trades": {"attack": PGD(epsilon=0.1, steps=2, keep="last")},
 }
 
 
-def make(name, optimizer=None, **kwargs):
+TRAINING_PASSES = {"mart": 2, "trades": 2}
+"""Passes in training mode that BatchNormalization sees in a step, where it is not one."""
+
+
+def make(name, optimizer=None, precision="float32", **kwargs):
     keras.utils.set_random_seed(3)
     backbone = backbones.build(config.Backbone(name="small_cnn", width=4), image_shape=SHAPE, classes=CLASSES)
+    if precision != "float32":
+        backbone = backbones.with_precision(backbone, precision)
     validation = PGD(epsilon=0.1, steps=2, keep="last")
     defense = DEFENSES[name](backbone, validation_attack=validation, **CASES[name], **kwargs)
     defense.compile(optimizer or keras.optimizers.SGD(0.1, momentum=0.9))
@@ -41,13 +49,13 @@ def dataset(data):
     return tf.data.Dataset.from_tensor_slices(data).batch(BATCH)
 
 
-def remove_bessels_correction(defense):
+def remove_bessels_correction(defense, passes):
     """Undo what Keras does to the moving variance of fused layers only, and so not of synchronized ones."""
     for layer in defense.backbone.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             count = BATCH * np.prod(layer.input_shape[1:-1])
-            batch_share = layer.moving_variance - layer.momentum * 1.0  # it starts from 1
-            layer.moving_variance.assign(layer.momentum + batch_share * (count - 1) / count)
+            start = layer.momentum**passes  # what is left of the 1 that it starts from
+            layer.moving_variance.assign(start + (layer.moving_variance - start) * (count - 1) / count)
 
 
 def test_cases_cover_registry():
@@ -140,11 +148,38 @@ class TestDefense:
             with mirrored(("/device:CPU:0", "/device:CPU:1")[:devices]).scope():
                 defenses.append(make(name, keras.optimizers.SGD(0.1)))
             histories.append(defenses[-1].fit(dataset(data), verbose=0).history)
-        remove_bessels_correction(defenses[0])
+        remove_bessels_correction(defenses[0], TRAINING_PASSES.get(name, 1))
         for one, two in zip(*(defense.get_weights() for defense in defenses)):
             np.testing.assert_allclose(one, two, atol=1e-5)
         for key, (mean,) in histories[0].items():  # what fit reports is the mean over both replicas
             np.testing.assert_allclose(histories[1][key], mean, atol=1e-5)
+
+    def test_perturbed_weights_are_put_back_exactly(self, name):
+        """With a learning rate of 0 nothing moves but the statistics of the one pass at the perturbed weights."""
+        data = make_data(1)
+        plain, perturbed = make(name, keras.optimizers.SGD(0.0)), make(name, keras.optimizers.SGD(0.0), awp_gamma=0.1)
+        before = [variable.numpy() for variable in perturbed.trainable_variables]
+        histories = [each.fit(dataset(data), verbose=0).history for each in (plain, perturbed)]
+        assert sum(histories[1][term][0] for term in plain.terms) > sum(histories[0][term][0] for term in plain.terms)
+        for variable, value in zip(perturbed.trainable_variables, before):
+            np.testing.assert_array_equal(variable, value)
+
+    def test_float16_trains_with_a_working_loss_scale(self, name):
+        data = {key: value[:4] for key, value in make_data(1).items()}
+        defense = make(name, keras.optimizers.SGD(0.01), precision="mixed_float16", awp_gamma=0.01)
+        assert isinstance(defense.optimizer, keras.mixed_precision.LossScaleOptimizer)
+        scale = float(defense.optimizer.loss_scale)
+        for _ in range(3):
+            losses = defense.train_on_batch(data["image"], data["label"], return_dict=True)
+            assert all(np.isfinite(loss) for loss in losses.values())
+        assert float(defense.optimizer.loss_scale) == scale  # no gradient overflowed
+        before = defense.backbone.get_layer("logits").get_weights()
+        overflowing = np.float32(2.0) ** 126
+        defense.optimizer._loss_scale._current_loss_scale.assign(overflowing)
+        defense.train_on_batch(data["image"], data["label"])
+        assert float(defense.optimizer.loss_scale) == overflowing / 2  # the step was left out
+        for found, expected in zip(defense.backbone.get_layer("logits").get_weights(), before):
+            np.testing.assert_array_equal(found, expected)
 
     def test_no_retrace_after_first_step(self, name):
         defense = make(name)

@@ -1,0 +1,50 @@
+"""Crafting while training: in any precision, and with a radius that may rise as training goes on."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import keras
+import tensorflow as tf
+
+from kerasdefense.attacks import OBJECTIVES, PGD
+from kerasdefense.types import Context, LossFn, UsageError, look_up
+
+FLOAT16_SCALE = 1024.0
+"""What an objective is multiplied by in float16, where gradients of images would else round to zero."""
+
+
+def check_objective(objective: str, attack: PGD) -> None:
+    """Raise a UsageError unless training can craft with `attack` on this key of OBJECTIVES."""
+    look_up(OBJECTIVES, objective, "objective")
+    if objective.startswith("targeted"):
+        raise UsageError(f"objective {objective} needs targets; training attacks take an untargeted one")
+    if objective == "kl_divergence" and not attack.random_start:
+        raise UsageError("objective kl_divergence needs an attack with a random start: its gradient is zero without")
+
+
+def computes_in_float16(model: keras.Model) -> bool:
+    """Return whether any layer of a model does."""
+    layers = (each for each in model.submodules if isinstance(each, keras.layers.Layer))
+    return any(layer.compute_dtype == "float16" for layer in layers)
+
+
+def search(
+    attack: PGD, loss_fn: LossFn, image: tf.Tensor, context: Context, seed: tf.Tensor, *, float16: bool
+) -> tf.Tensor:
+    """Return what `attack` finds, [batch, h, w, c]; its steps do not depend on the scale of the objective."""
+    scale = FLOAT16_SCALE if float16 else 1.0
+    return attack(lambda image, context: scale * loss_fn(image, context), image, context, seed).image
+
+
+def with_rising_radius(
+    find: Callable[[PGD], tf.Tensor], attack: PGD, image: tf.Tensor, step: tf.Tensor, *, warmup: int, ramp: int
+) -> tf.Tensor:
+    """Return the clean images during the warm-up, then what `find` finds with the share of the radius at this step.
+
+    The share rises linearly over `ramp` steps to 1; with it the step size.
+    """
+    if not warmup and not ramp:
+        return find(attack)
+    share = tf.clip_by_value(tf.cast(step - warmup + 1, tf.float32) / max(1, ramp), 0.0, 1.0)
+    return tf.cond(share > 0, lambda: find(attack.scaled(share)), lambda: image)
