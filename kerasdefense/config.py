@@ -62,7 +62,11 @@ class Attack:
     steps: int = _field(0, "gradient steps; 0 = the attack's own default (pgd 10, fgsm and fgsm_rs 1)", low=0)
     step_size: float = _field(0.0, "length of a step; 0 = the attack's own default (pgd 2.5 epsilon / steps)", low=0)
     random_start: bool = _field(True, "start from a random point of the ball (pgd)")
-    objective: str = _field("cross_entropy", "loss that the attack maximises, a key of OBJECTIVES")
+    objective: str = _field(
+        "", "loss that the attack maximises, a key of OBJECTIVES; empty = the method's own (trades: kl_divergence)"
+    )
+    warmup_epochs: float = _field(0.0, "epochs on clean images before the attack starts", low=0)
+    ramp_epochs: float = _field(0.0, "epochs over which epsilon then rises linearly to its value", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,25 +80,52 @@ class Defense:
         ("recommended", "released"),
     )
     label_smoothing: float = _field(0.0, "label mass spread evenly over all classes, in [0, 1)", low=0, high=1)
+    beta: float = _field(0.0, "weight of the divergence; 0 = the method's own (trades 6, mart 5)", low=0)
+    awp_gamma: float = _field(
+        0.0, "adversarial weight perturbation relative to each kernel's norm, 0.005 for instance; 0 = none", low=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
     """How it is optimised."""
 
-    epochs: int = _field(10, "passes over the training images", low=1)
+    epochs: int = _field(10, "epochs, passes over the training images unless --train_steps_per_epoch cuts them", low=1)
+    steps_per_epoch: int = _field(
+        0, "steps after which to validate and write a checkpoint; 0 = a pass over the training images", low=0
+    )
     batch_size: int = _field(128, "images per step, over all replicas", low=1)
     optimizer: str = _field("sgd", "optimizer", ("sgd", "adam"))
     learning_rate: float = _field(0.1, "learning rate, the highest one of a schedule", low=0)
     schedule: str = _field(
         "triangular",
-        "learning rate over the run; triangular rises to its middle and falls to 0",
-        ("constant", "triangular"),
+        "learning rate over the run; triangular rises to its middle and falls to 0, cosine falls to 0 from the start",
+        ("constant", "cosine", "step", "triangular"),
     )
+    drops: str = _field("0.5,0.75", "shares of the run after which the schedule step divides the rate by 10")
+    ema_decay: float = _field(
+        0.0, "decay per step of an average of the weights that is validated and exported; 0 = none", low=0, high=1
+    )
+    precision: str = _field(
+        "float32",
+        "what layers compute in while training; evaluation and export are float32",
+        ("float32", "mixed_bfloat16", "mixed_float16"),
+    )
+    jit_compile: bool = _field(False, "compile the training step with XLA (slower on a CPU)")
     momentum: float = _field(0.9, "momentum of sgd", low=0, high=1)
     weight_decay: float = _field(5e-4, "decoupled decay of kernels, times the learning rate, per step", low=0)
     seed: int = _field(0, "seed of weights, order, augmentation and attacks", low=0, high=SEEDS)
-    strategy: str = _field("mirrored", "mirrored over all visible GPUs (or the CPU), or none", ("mirrored", "none"))
+    strategy: str = _field(
+        "mirrored",
+        "mirrored over all visible GPUs (or the CPU), multi_worker over the machines in TF_CONFIG, or none",
+        ("mirrored", "multi_worker", "none"),
+    )
+    resume: str = _field(
+        "auto",
+        "auto goes on where the run directory stands, if its configuration is the same; always, whatever it is; "
+        "never begins anew",
+        ("auto", "always", "never"),
+    )
     validate_every: int = _field(1, "epochs from one validation to the next", low=1)
     validation_steps: int = _field(
         10, "PGD steps of the validation attack (it selects the best epoch, but of standard)", low=1
@@ -119,13 +150,18 @@ class Export:
 
     version: int = _field(0, "number of the SavedModel version folder; 0 = one above the highest there", low=0)
     optimizer: bool = _field(True, "keep the optimizer's slots in model.keras, to train on")
+    dir: str = _field(
+        "",
+        "also publish there, as saved_models/NAME: model, card, outcomes, version; empty = in the run directory only",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One run: everything that `python -m kerasdefense.run` needs."""
 
-    mode: str = _field("all", "what to do", ("all", "train", "evaluate", "export"))
+    mode: str = _field("all", "what to do", ("all", "train", "evaluate", "export", "compare"))
+    runs: str = _field("", "run directories and published models to compare, as plain arguments or comma-separated")
     run_dir: str = _field("", "folder of the run; empty = runs/<folder>/<name> of the last flag file")
     dry_run: bool = _field(False, "print the resolved configuration and the parameter counts, and stop")
     progress: bool = _field(True, "show progress bars")

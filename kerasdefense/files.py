@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import tensorflow as tf
 
 from kerasdefense.types import InputError
 
@@ -49,3 +51,10 @@ def check_schema(content: Any, schema: Path, name: str) -> None:
         jsonschema.validate(content, json.loads(schema.read_text(encoding="utf-8")))
     except jsonschema.ValidationError as error:
         raise InputError(f"{name} does not follow its schema: {error.json_path}: {error.message}") from error
+
+
+def write_error(error: tf.errors.OpError, what: str) -> OSError:
+    """Return what the file system said, out of TensorFlow's report that `what` could not be written."""
+    code = errno.ENOSPC if isinstance(error, tf.errors.ResourceExhaustedError) else errno.EIO
+    said = (error.message or "").split("; ")[-1].split(" [Op:")[0]
+    return OSError(code, f"{what} could not be written: {said}")

@@ -168,12 +168,16 @@ def _parse(arguments: Sequence[str]) -> config.Run:
         raise UsageError(" ".join(str(error).split())) from error
     if values["help"].value:
         raise HelpRequested(_help(values))
-    if rest:
+    if rest and values["mode"].value != "compare":
         raise UsageError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
+    if rest:
+        values["runs"].value = ",".join(filter(None, [values["runs"].value, *rest]))
     for name, registry in _REGISTRIES.items():
-        look_up(registry, values[name].value, name.replace("_name", "").replace("_", " "))
+        if values[name].value or values[name].default:
+            look_up(registry, values[name].value, name.replace("_name", "").replace("_", " "))
     run = _to_run({name: values[name].value for name, _, _ in _leaves()})
-    run_dir = run.run_dir or Path("runs") / (config_name(arguments) or f"{run.data.name}/{run.defense.name}")
+    name = "compare" if run.mode == "compare" else f"{run.data.name}/{run.defense.name}"
+    run_dir = run.run_dir or Path("runs") / (config_name(arguments) or name)
     return dataclasses.replace(run, run_dir=str(Path(run_dir).expanduser()))
 
 

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 import kerasdefense
 from kerasdefense import attacks, config, data, flags, training
+from kerasdefense.training import fitting
 
 PACKAGE = Path(kerasdefense.__file__).parent
 ASKED = ("tensorflow", "keras", "tensorflow_datasets", "cleverhans", "tensorflow_addons", "absl")
@@ -57,7 +58,7 @@ def test_design_card_tensorflow_addons_sets_rate_and_progress(capsys):
     assert type(rate).__module__.startswith("tensorflow_addons")
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile(keras.optimizers.SGD(rate), "mse")
-    model.fit(np.ones([4, 1]), np.ones([4, 1]), verbose=0, callbacks=[training.TQDMProgressBar()])
+    model.fit(np.ones([4, 1]), np.ones([4, 1]), verbose=0, callbacks=[fitting.TQDMProgressBar()])
     assert "1/1" in capsys.readouterr().err
 
 

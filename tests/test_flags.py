@@ -21,6 +21,7 @@ REGISTRIES = {
     "defense_name": DEFENSES,
     "evaluate_suite": SUITES,
 }
+MAY_BE_EMPTY = ("attack_objective",)
 OWN = [field for field in dataclasses.fields(config.Run) if not dataclasses.is_dataclass(field.default)]
 SECTIONS = [field for field in dataclasses.fields(config.Run) if dataclasses.is_dataclass(field.default)]
 FIELDS = {field.name: field for field in OWN}
@@ -77,7 +78,7 @@ def test_every_field_has_a_line_of_help_and_a_legal_default():
     for name, field in FIELDS.items():
         assert field.metadata["help"] and "\n" not in field.metadata["help"]
         choices = field.metadata["choices"] or REGISTRIES.get(name)
-        assert not choices or field.default in choices
+        assert not choices or field.default in choices or name in MAY_BE_EMPTY
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -289,3 +290,10 @@ def test_bad_values_are_refused_with_one_line(argument, message):
 )
 def test_verbosity_is_known_whatever_else_is_wrong(arguments, level):
     assert flags.verbosity(arguments) == level
+
+
+def test_plain_arguments_are_runs_to_compare():
+    run = flags.parse(["--mode=compare", "runs/one", "saved_models/two"])
+    assert run.runs == "runs/one,saved_models/two" and run.run_dir == "runs/compare"
+    with pytest.raises(UsageError, match="unexpected argument 'runs/one'"):
+        flags.parse(["--mode=train", "runs/one"])

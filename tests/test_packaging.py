@@ -24,7 +24,7 @@ LOCKED_EXTRAS = ("pipelines", "serving", "bench", "test")
 IMPORTERS = {
     "absl.flags": ("kerasdefense/flags.py", "kerasdefense/run.py", "tests/"),
     "tensorflow_datasets": ("kerasdefense/data/", "tests/"),
-    "tensorflow_addons": ("kerasdefense/training.py", "kerasdefense/data/", "tests/"),
+    "tensorflow_addons": ("kerasdefense/training/", "kerasdefense/data/", "tests/"),
     "tfx": ("pipelines/", "tests/"),
     "pipelines": ("pipelines/", "tests/"),
     "kerasdefense.run": ("kerasdefense/run.py", "kerasdefense/demo.py", "tests/"),

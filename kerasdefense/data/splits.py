@@ -106,29 +106,36 @@ class TrainSplit(Split):
             raise UsageError(f"--train_batch_size={batch_size} exceeds the {self.examples} training images")
         return self.examples // batch_size
 
-    def epochs(self, batch_size: int, *, seed: int, epochs: int, first_epoch: int = 0) -> tf.data.Dataset:
+    def epochs(
+        self, batch_size: int, *, seed: int, epochs: int, first_epoch: int = 0, steps_per_epoch: int = 0
+    ) -> tf.data.Dataset:
         """Return full, shuffled and augmented batches of the epochs `first_epoch` .. `epochs - 1`.
 
-        Order and augmentation of an epoch are functions of `seed` and its number alone (the augmentation of
-        an example, of its index as well): a stream that starts later is the rest of one that started earlier.
+        Order and augmentation of a pass over the examples are functions of `seed` and its number alone (the
+        augmentation of an example, of its index as well): a stream that starts later is the rest of one that started
+        earlier.
 
         Args:
-            batch_size: examples per batch; what does not fill the last batch of an epoch is left out.
+            batch_size: examples per batch; what does not fill the last batch of a pass is left out.
             seed: the run's seed.
             epochs: number of the epoch to stop before.
             first_epoch: number of the epoch to start with.
+            steps_per_epoch: batches of an epoch; 0 = one pass. An epoch may end, and the next begin, within a pass.
 
         Raises:
             UsageError: not one batch can be filled.
         """
-        steps = self.steps_per_epoch(batch_size)
-        decoded = self._decoded
-        buffer = min(self.shuffle_buffer, self.examples)
+        steps_per_pass = self.steps_per_epoch(batch_size)
+        steps_per_epoch = steps_per_epoch or steps_per_pass
+        first, end = first_epoch * steps_per_epoch, max(first_epoch, epochs) * steps_per_epoch
+        first_pass, skipped = divmod(first, steps_per_pass)
 
-        def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
+        decoded, buffer = self._decoded, min(self.shuffle_buffer, self.examples)
+
+        def one_pass(number: tf.Tensor) -> tf.data.Dataset:
             # Only for this traced function: else the order would depend on the global seed too.
             tf.random.set_seed(1)
-            key = tf.random.experimental.stateless_fold_in(tf.constant([seed, _STREAM], tf.int64), epoch)
+            key = tf.random.experimental.stateless_fold_in(tf.constant([seed, _STREAM], tf.int64), number)
             order = tf.random.stateless_uniform([], key, None, None, tf.int64)
             draw = self.augmentation.draw(len(self.label), key + 1)
 
@@ -137,11 +144,13 @@ class TrainSplit(Split):
                 return _to_float({**batch, "image": image})
 
             shuffled = decoded.shuffle(buffer, seed=order, reshuffle_each_iteration=False)
-            return shuffled.batch(batch_size, drop_remainder=True).map(augment, tf.data.AUTOTUNE, deterministic=True)
+            rest = shuffled.batch(batch_size, drop_remainder=True).skip(
+                skipped * tf.cast(number == first_pass, tf.int64)
+            )
+            return rest.map(augment, tf.data.AUTOTUNE, deterministic=True)
 
-        stream = tf.data.Dataset.range(first_epoch, epochs).flat_map(one_epoch)
-        stream = stream.apply(tf.data.experimental.assert_cardinality(steps * max(0, epochs - first_epoch)))
-        return stream.prefetch(tf.data.AUTOTUNE)
+        stream = tf.data.Dataset.range(first_pass, -(-end // steps_per_pass)).flat_map(one_pass).take(end - first)
+        return stream.apply(tf.data.experimental.assert_cardinality(end - first)).prefetch(tf.data.AUTOTUNE)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

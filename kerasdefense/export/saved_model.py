@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import tensorflow as tf
 from kerasdefense.defenses import Defense
 from kerasdefense.export.card import check_card
 from kerasdefense.export.signatures import SIGNATURES, serving_module
-from kerasdefense.files import replacing, write_json
+from kerasdefense.files import replacing, write_error, write_json
 from kerasdefense.types import InputError, UsageError
 
 CARD, LABELS = "card.json", "labels.txt"
@@ -79,10 +78,8 @@ def _write(module: tf.Module, path: Path, labels: Sequence[str]) -> None:
     signatures = {name: getattr(module, name) for name in SIGNATURES}
     try:
         tf.saved_model.save(module, str(path), signatures=signatures)
-    except tf.errors.OpError as error:  # how TensorFlow reports what the file system says, after the file's name
-        code = errno.ENOSPC if isinstance(error, tf.errors.ResourceExhaustedError) else errno.EIO
-        said = error.message.split("; ")[-1].split(" [Op:")[0]
-        raise OSError(code, f"the SavedModel could not be written: {said}") from error
+    except tf.errors.OpError as error:
+        raise write_error(error, "the SavedModel") from error
 
 
 def _compare(defense: Defense, path: Path) -> None:

@@ -1,172 +1,31 @@
-"""Training: the strategy, the selection of the best epoch, and the guard against catastrophic overfitting."""
+"""Training from a configuration to a saved model, stages included."""
+
+import dataclasses
+import json
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from kerasdefense import backbones, config, data, training
-from kerasdefense.attacks import FGSM, OBJECTIVES, PGD, misclassified, seeds
-from kerasdefense.defenses import PGDAT
+from kerasdefense import backbones, config, defenses, training
+from kerasdefense.attacks import PGD
+from kerasdefense.defenses import PGDAT, Stage, Standard
 from kerasdefense.types import InputError, UsageError
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    return data.load(config.Data(dir=str(tmp_path_factory.mktemp("digits")), validation_fraction=0.15))
-
-
-@pytest.fixture(scope="module")
-def digits_as_they_are(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("digits"))
-    return data.load(config.Data(dir=folder, validation_fraction=0.15, augment="none"))
-
-
-def small_run(**train):
-    settings = {"epochs": 2, "batch_size": 64, "validation_steps": 2, "strategy": "none", **train}
-    return config.Run(
-        progress=False,
-        backbone=config.Backbone(name="small_cnn", width=4),
-        attack=config.Attack(epsilon=0.1, steps=1),
-        defense=config.Defense(name="pgd_at"),
-        train=config.Train(**settings),
-    )
-
-
-def pgd_accuracy(defense, split, epsilon):
-    attack = PGD(epsilon=epsilon, steps=20)
-
-    @tf.function
-    def survived(batch):
-        seed, context = seeds.per_example(1, 0, batch["index"]), {"label": batch["label"]}
-        objective, goal = OBJECTIVES["cross_entropy"](defense), misclassified(defense)
-        return ~attack(objective, batch["image"], context, seed, goal).success
-
-    return np.concatenate([survived(batch) for batch in split.batches(256)]).mean()
-
-
-class TestSelectBest:
-    """Selection on scripted validation values, with a real model and real checkpoints."""
-
-    def fit(self, folder, values, *, guard=True, **more):
-        image = keras.Input([1])
-        model = keras.Model(image, keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")(image))
-        model.compile("sgd", "mse")
-        select = training.SelectBest(folder, monitor="adversarial_accuracy", guard=guard)
-        select.set_model(model)
-        select.on_train_begin()
-        model.stop_training = False
-        for epoch, value in enumerate(values):
-            model.set_weights([np.full([1, 1], epoch + 1.0)])
-            logs = {} if value is None else {"val_adversarial_accuracy": value}
-            select.on_epoch_end(epoch, {"adversarial_accuracy": 0.55, **logs, **more})
-            if model.stop_training:
-                break
-        select.on_train_end()
-        return select, float(model.get_weights()[0][0, 0])
-
-    def test_restores_weights_of_best_epoch(self, tmp_path):
-        select, weight = self.fit(tmp_path, [0.2, 0.5, 0.4, 0.45])
-        assert (select.best, select.best_epoch, select.collapsed_epoch, weight) == (0.5, 2, None, 2.0)
-
-    def test_skips_epochs_without_validation(self, tmp_path):
-        select, weight = self.fit(tmp_path, [None, 0.3, None, 0.2])
-        assert (select.best_epoch, weight) == (2, 2.0)
-
-    def test_guard_stops_on_collapse_and_says_so(self, tmp_path, capsys):
-        select, weight = self.fit(tmp_path, [0.2, 0.5, 0.1, 0.6])
-        assert (select.collapsed_epoch, select.best_epoch, weight) == (3, 2, 2.0)
-        assert "catastrophic overfitting in epoch 3" in capsys.readouterr().err
-
-    def test_without_guard_training_goes_on(self, tmp_path):
-        select, weight = self.fit(tmp_path, [0.2, 0.5, 0.1, 0.6], guard=False)
-        assert (select.collapsed_epoch, select.best_epoch, weight) == (None, 4, 4.0)
-
-    def test_guard_lets_a_fall_pass_that_training_shares(self, tmp_path):
-        select, _ = self.fit(tmp_path, [0.10, 0.04, 0.3], adversarial_accuracy=0.12)
-        assert (select.collapsed_epoch, select.best_epoch) == (None, 3)
-
-    def test_loss_that_is_not_finite_ends_the_run(self, tmp_path):
-        with pytest.raises(InputError, match="not finite after epoch 1; lower --train_learning_rate"):
-            self.fit(tmp_path, [0.2], cross_entropy_loss=float("nan"))
-
-    def test_run_that_is_never_validated_is_refused(self, tmp_path):
-        with pytest.raises(UsageError, match="no epoch was validated"):
-            self.fit(tmp_path, [None, None])
-
-
-def test_guard_restores_best_epoch_after_real_collapse(digits_as_they_are, tmp_path):
-    """Trained on with FGSM without a random start, a model learns to mask that attack and falls to PGD."""
-    epsilon = 0.35
-    keras.utils.set_random_seed(0)
-    backbone = backbones.build(config.Backbone(name="small_cnn"), image_shape=(8, 8, 1), classes=10)
-    validation_attack = PGD(epsilon=epsilon, steps=10, keep="last")
-    defense = PGDAT(backbone, attack=PGD(epsilon=epsilon, steps=3, keep="last"), validation_attack=validation_attack)
-    select = training.SelectBest(tmp_path, monitor="adversarial_accuracy", guard=True)
-    last_weights = []
-
-    def fit(first_epoch, epochs):
-        defense.compile(keras.optimizers.Adam(0.003))
-        train, validation = digits_as_they_are.train, digits_as_they_are.validation
-        keep = keras.callbacks.LambdaCallback(
-            on_epoch_end=lambda epoch, logs: last_weights.__setitem__(slice(None), defense.get_weights())
-        )
-        return defense.fit(
-            train.epochs(64, seed=0, epochs=epochs, first_epoch=first_epoch),
-            initial_epoch=first_epoch,
-            epochs=epochs,
-            steps_per_epoch=train.steps_per_epoch(64),
-            validation_data=validation.batches(256),
-            callbacks=[keep, select],
-            verbose=0,
-        ).history
-
-    hardened = fit(0, 8)
-    before = defense.get_weights()
-    defense.attack = FGSM(epsilon=epsilon)
-    masked = fit(8, 16)
-
-    assert select.collapsed_epoch is not None and len(masked["adversarial_accuracy"]) == select.collapsed_epoch - 8
-    assert masked["adversarial_accuracy"][-1] > max(hardened["adversarial_accuracy"])  # of its own attack
-    for found, expected in zip(defense.backbone.get_weights(), before):
-        np.testing.assert_array_equal(found, expected)
-    restored = pgd_accuracy(defense, digits_as_they_are.validation, epsilon)
-    defense.set_weights(last_weights)
-    collapsed = pgd_accuracy(defense, digits_as_they_are.validation, epsilon)
-    assert collapsed < 0.05 and collapsed < restored
-
-
-def test_trained_model_is_best_epoch(digits, tmp_path):
-    defense, select = training.train(small_run(epochs=3, learning_rate=0.3), digits, tmp_path)
+def test_trained_model_is_best_epoch(digits, small_run, tmp_path):
+    defense, select, _ = training.train(small_run(epochs=3, learning_rate=0.3), digits, tmp_path)
     best = max(epoch["val_adversarial_accuracy"] for epoch in select.history)
     found = defense.evaluate(digits.validation.batches(64), verbose=0, return_dict=True)
     assert found["adversarial_accuracy"] == pytest.approx(best, abs=1e-6) == pytest.approx(select.best, abs=1e-6)
     assert (tmp_path / "tensorboard").is_dir() and (tmp_path / "checkpoints").is_dir()
 
 
-def test_same_seed_gives_same_weights(digits, tmp_path):
+def test_same_seed_gives_same_weights(digits, small_run, tmp_path):
     weights = [training.train(small_run(), digits, tmp_path / name)[0].get_weights() for name in ("one", "two")]
     for one, two in zip(*weights):
         np.testing.assert_array_equal(one, two)
-
-
-def test_triangular_rate_rises_to_middle_and_falls_to_zero():
-    rate = training.make_optimizer(config.Train(learning_rate=0.4), steps=100)._learning_rate
-    found = [float(rate(step)) for step in (0, 25, 50, 75, 100)]
-    np.testing.assert_allclose(found, [0, 0.2, 0.4, 0.2, 0], atol=1e-6)
-
-
-def test_optimizer_does_not_decay_offsets_and_scales():
-    optimizer = training.make_optimizer(config.Train(learning_rate=0.1, schedule="constant", weight_decay=0.5), 10)
-    image = keras.Input([3])
-    model = keras.Model(image, keras.layers.BatchNormalization()(keras.layers.Dense(3)(image)))
-    optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
-    optimizer.build(model.trainable_variables)
-    before = [variable.numpy() for variable in model.trainable_variables]
-    optimizer.apply_gradients((tf.zeros_like(each), each) for each in model.trainable_variables)
-    for variable, value in zip(model.trainable_variables, before):
-        factor = 0.95 if "kernel" in variable.name else 1.0
-        np.testing.assert_allclose(variable, value * factor, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +37,129 @@ def test_optimizer_does_not_decay_offsets_and_scales():
         ({"batch_size": 33, "strategy": "mirrored"}, "does not divide over 2 replicas"),
     ],
 )
-def test_contradictory_settings_are_refused(digits, tmp_path, change, message):
+def test_contradictory_settings_are_refused(digits, small_run, tmp_path, change, message):
     with pytest.raises(UsageError, match=message):
         training.train(small_run(**change), digits, tmp_path)
+
+
+def test_averages_are_validated_selected_and_saved(digits, small_run, tmp_path):
+    run = small_run(epochs=2, ema_decay=0.9, learning_rate=0.3)
+    defense, select, _ = training.train(run, digits, tmp_path)
+    ((optimizer, variables),) = defense.optimizers()
+    with defense.averaged():
+        for variable, average in zip(variables, optimizer._model_variables_moving_average):
+            np.testing.assert_array_equal(variable, average)
+    saved = keras.models.load_model(tmp_path / training.MODEL)
+    found = saved.evaluate(digits.validation.batches(64), verbose=0, return_dict=True)
+    assert found["adversarial_accuracy"] == pytest.approx(select.best, abs=1e-6)
+    raw = tf.train.load_checkpoint(str(tmp_path / f"checkpoints/epochs/epoch-{select.best_epoch}"))
+    kernel = defense.backbone.get_layer("logits").kernel
+    names = [name for name, shape in raw.get_variable_to_shape_map().items() if shape == list(kernel.shape)]
+    assert all(np.abs(raw.get_tensor(name) - kernel).max() > 0 for name in names if name.startswith("model/backbone"))
+
+
+def test_averaged_puts_raw_weights_back_exactly():
+    backbone = backbones.build(config.Backbone(name="small_cnn", width=4), image_shape=(8, 8, 1), classes=3)
+    defense = PGDAT(backbone, attack=PGD(epsilon=0.1, steps=1, keep="last"))
+    defense.compile(keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.5))
+    random = np.random.default_rng(0)
+    image, label = random.uniform(size=(8, 8, 8, 1)).astype(np.float32), np.arange(8) % 3
+    start = defense.backbone.get_layer("logits").get_weights()[0]
+    defense.train_on_batch(image, label)
+    raw = defense.get_weights()
+    with defense.averaged():
+        kernel = defense.backbone.get_layer("logits").get_weights()[0]
+    moved = defense.backbone.get_layer("logits").get_weights()[0]
+    np.testing.assert_allclose(kernel, (start + moved) / 2, atol=1e-6)
+    assert np.abs(moved - start).max() > 1e-3
+    for value, expected in zip(defense.get_weights(), raw):
+        np.testing.assert_array_equal(value, expected)
+
+
+def test_finished_training_is_not_run_again(digits, small_run, tmp_path, capsys):
+    training.train(small_run(), digits, tmp_path)
+    before = (tmp_path / training.MODEL).read_bytes()
+    _, select, is_new = training.train(small_run(), digits, tmp_path)
+    assert not is_new and len(select.history) == 2 and "is trained already" in capsys.readouterr().err
+    assert (tmp_path / training.MODEL).read_bytes() == before
+    assert training.train(small_run(resume="never"), digits, tmp_path).is_new
+
+
+def test_warm_up_trains_on_clean_images_and_the_radius_then_rises(digits, small_run, tmp_path):
+    run = small_run(attack={"warmup_epochs": 1, "ramp_epochs": 0.5})
+    defense = training.build(run, digits)
+    steps = digits.train.steps_per_epoch(64)
+    assert (defense.warmup_steps, defense.ramp_steps) == (steps, round(steps / 2))
+    batch = defense.unpack(next(iter(digits.train.epochs(64, seed=0, epochs=1))))
+    for step, share in ((0, 0), (steps - 1, 0), (steps, 1 / defense.ramp_steps), (10 * steps, 1)):
+        defense.step.assign(step)
+        moved = np.abs(defense.craft(batch, defense.attack) - batch.image).max()
+        assert moved == pytest.approx(share * 0.1, abs=1e-6)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Taught(PGDAT):
+    """Adversarial training that is told of a classifier trained before it."""
+
+    def __init__(self, backbone, *, teacher, **kwargs):
+        super().__init__(backbone, **kwargs)
+        self.teacher = teacher
+        self.teacher.trainable = False
+
+    @classmethod
+    def stages(cls, run):
+        clean = dataclasses.replace(run, defense=config.Defense(name="standard"))
+        return (Stage("teacher", clean, take=lambda model: model.backbone, saved=cls.saved),)
+
+    def get_config(self):
+        return {**super().get_config(), "teacher": keras.saving.serialize_keras_object(self.teacher)}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        return super().from_config({**config, "teacher": keras.saving.deserialize_keras_object(config["teacher"])})
+
+
+class TestStages:
+    @pytest.fixture(autouse=True)
+    def staged(self, monkeypatch):
+        monkeypatch.setitem(defenses.DEFENSES, "taught", Taught)
+        monkeypatch.setattr(Taught, "saved", "", raising=False)
+
+    def test_stage_is_selected_saved_and_not_run_again(self, digits, small_run, tmp_path, capsys):
+        run = small_run(defense="taught", epochs=1)
+        defense, _, _ = training.train(run, digits, tmp_path)
+        teacher = keras.models.load_model(tmp_path / "teacher" / training.MODEL)
+        assert isinstance(teacher, Standard)
+        history = json.loads((tmp_path / "teacher" / training.HISTORY).read_text())
+        assert history["monitor"] == "val_clean_accuracy" and history["best_epoch"] == 1
+        for one, two in zip(defense.teacher.get_weights(), teacher.backbone.get_weights()):
+            np.testing.assert_array_equal(one, two)
+        (tmp_path / training.HISTORY).unlink()  # as if killed before the end of the second stage
+        assert training.train(run, digits, tmp_path).is_new
+        assert f"teacher/{training.MODEL} is trained already" in capsys.readouterr().err
+
+    def test_saved_model_stands_in_for_stage(self, digits, small_run, tmp_path, monkeypatch):
+        training.train(small_run(defense="standard", epochs=1), digits, tmp_path / "other")
+        monkeypatch.setattr(Taught, "saved", str(tmp_path / "other" / training.MODEL))
+        defense, _, _ = training.train(small_run(defense="taught", epochs=1), digits, tmp_path / "run")
+        assert not (tmp_path / "run/teacher").exists()
+        other = keras.models.load_model(tmp_path / "other" / training.MODEL)
+        for one, two in zip(defense.teacher.get_weights(), other.backbone.get_weights()):
+            np.testing.assert_array_equal(one, two)
+        monkeypatch.setattr(Taught, "saved", str(tmp_path / "none.keras"))
+        with pytest.raises(InputError, match=r"--defense_teacher=.*none.keras cannot stand in"):
+            training.train(small_run(defense="taught", epochs=1), digits, tmp_path / "third")
+
+
+@pytest.mark.parametrize("name", ["standard", "pgd_at"])
+def test_xla_trains_alike(name, digits, small_run):
+    batch = next(iter(digits.train.epochs(16, seed=0, epochs=1)))
+    histories, kernels = [], []
+    for jit_compile in (False, True):
+        run = small_run(defense=name, learning_rate=0.01, schedule="constant", jit_compile=jit_compile)
+        defense = training.build(run, digits)
+        histories.append(defense.fit(tf.data.Dataset.from_tensors(batch), verbose=0).history)
+        kernels.append(defense.backbone.get_layer("logits").kernel.numpy())
+    assert histories[0]["cross_entropy_loss"] == pytest.approx(histories[1]["cross_entropy_loss"], rel=1e-2)
+    if name == "standard":  # the sign of a gradient near zero turns on rounding
+        np.testing.assert_allclose(*kernels, atol=1e-5)

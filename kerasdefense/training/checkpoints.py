@@ -1,0 +1,132 @@
+"""Exact resume: at every epoch's end all that training needs to go on, bit for bit, from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+import keras
+import tensorflow as tf
+
+from kerasdefense import config
+from kerasdefense.data import Splits
+from kerasdefense.defenses import Defense
+from kerasdefense.training import saving
+from kerasdefense.training.selection import SelectBest
+from kerasdefense.types import InputError, UsageError
+
+NAMED = 4
+"""How many differing settings are named before the rest is counted."""
+
+_WITHOUT_EFFECT = ("--data_cache", "--train_resume", "--train_strategy")
+_STATE = "state/.ATTRIBUTES/VARIABLE_VALUE"
+
+
+class Checkpoints(keras.callbacks.Callback):
+    """Write the defense, its optimizers, the selection and the settings after every epoch; keep the last three.
+
+    The weights are the raw ones, whatever averages an optimizer keeps besides.
+
+    Args:
+        folder: where the checkpoints are kept, `epoch-N.*`.
+        defense: compiled, its optimizers built.
+        select: the selection, which goes on with training.
+        settings: what training depends on, by flag; a run with other settings does not go on from here.
+    """
+
+    def __init__(self, folder: Path, defense: Defense, select: SelectBest, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.folder = folder
+        self.select = select
+        self.settings = settings
+        with tf.device("CPU"):
+            self.state = tf.Variable("", dtype=tf.string, trainable=False)
+        self.checkpoint = tf.train.Checkpoint(model=defense, state=self.state)
+
+    def on_train_begin(self, logs: Optional[dict[str, float]] = None) -> None:
+        """Open the folder."""
+        self.manager = saving.open_folder(self.checkpoint, self.folder, "epoch")
+
+    def on_epoch_end(self, epoch: int, logs: Optional[dict[str, float]] = None) -> None:
+        """Write the checkpoint of the epoch."""
+        state = {"epoch": epoch + 1, "settings": self.settings, "selection": self.select.state()}
+        self.state.assign(json.dumps(state))
+        saving.save(self.manager, epoch + 1)
+
+    def restore(self, resume: str) -> int:
+        """Go back to the newest checkpoint that can be read, and return how many epochs it has behind it.
+
+        Args:
+            resume: `auto` refuses a checkpoint of other settings, `always` takes it, `never` removes all checkpoints.
+
+        Returns:
+            0 where there is none.
+
+        Raises:
+            UsageError: the checkpoint is of other settings.
+            InputError: there are checkpoints, and none can be read.
+        """
+        if resume == "never":
+            shutil.rmtree(self.folder, ignore_errors=True)
+        paths = list(newest_first(self.folder))
+        for path in paths:
+            try:
+                state = read_state(path)
+                if resume != "always":
+                    check_settings(state["settings"], self.settings, path.parent)
+                self.checkpoint.restore(str(path)).assert_existing_objects_matched()
+            except (tf.errors.OpError, RuntimeError, AssertionError, LookupError, json.JSONDecodeError) as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                print(f"checkpoint {path} cannot be read ({reason}); going back to the one before", file=sys.stderr)
+                continue
+            self.select.load_state(state["selection"])
+            return int(state["epoch"])
+        if paths:
+            raise InputError(f"no checkpoint in {self.folder} can be read; --train_resume=never begins anew")
+        return 0
+
+
+def settings_of(run: config.Run, splits: Splits) -> dict[str, Any]:
+    """Return what training depends on, by flag, and of the data what tells it from another set of its name."""
+    sections = {section: getattr(run, section) for section in ("data", "backbone", "attack", "defense", "train")}
+    settings = {
+        f"--{section}_{name}": value
+        for section, content in sections.items()
+        for name, value in dataclasses.asdict(content).items()
+    }
+    if run.data.name != "folder":  # a set keeps its name where it is moved
+        del settings["--data_dir"]
+    for name in _WITHOUT_EFFECT:
+        del settings[name]
+    images = f"{splits.train.examples} of {splits.image_shape} in {len(splits.labels)} classes"
+    return {**settings, "training images": images, "labels": ", ".join(splits.labels)}
+
+
+def newest_first(folder: Path) -> Iterator[Path]:
+    """Yield the checkpoints in a folder, as the common start of their files' names."""
+    numbers = [path.stem.removeprefix("epoch-") for path in folder.glob("epoch-*.index")]
+    for number in sorted((int(each) for each in numbers if each.isdecimal()), reverse=True):
+        yield folder / f"epoch-{number}"
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of itself: epoch, settings, selection."""
+    return json.loads(tf.train.load_checkpoint(str(path)).get_tensor(_STATE))
+
+
+def check_settings(there: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Raise a UsageError that names what differs between the settings of a checkpoint and those of this run."""
+    now = json.loads(json.dumps(now))
+    differing = [name for name in {**there, **now} if there.get(name) != now.get(name)]
+    if differing:
+        named = ", ".join(f"{name} {there.get(name)} there, {now.get(name)} now" for name in differing[:NAMED])
+        named += f", and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
+        raise UsageError(
+            f"{folder} was begun with other settings ({named}): take another --run_dir, "
+            "or pass --train_resume=always to go on all the same, --train_resume=never to begin anew"
+        )

@@ -1,0 +1,185 @@
+"""From a configuration and data to a trained defense on disk, through every stage that the method declares."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from kerasdefense import backbones, config, defenses
+from kerasdefense.data import Splits
+from kerasdefense.defenses import Defense, Stage, as_kept
+from kerasdefense.files import replacing, write_json
+from kerasdefense.training.averages import ValidateAverages
+from kerasdefense.training.checkpoints import Checkpoints, check_settings, settings_of
+from kerasdefense.training.optimizer import make_optimizer
+from kerasdefense.training.pictures import Pictures
+from kerasdefense.training.selection import SelectBest
+from kerasdefense.training.strategy import is_chief, make_strategy
+from kerasdefense.types import InputError, UsageError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)  # the notice of TFA's end of life
+    from tensorflow_addons.callbacks import TQDMProgressBar
+
+MODEL, HISTORY = "model.keras", "history.json"
+
+
+class Trained(NamedTuple):
+    """A trained defense, the record of its selection, and whether anything was trained for it just now."""
+
+    defense: Defense
+    selection: SelectBest
+    is_new: bool
+
+
+def build(run: config.Run, splits: Splits, stages: Mapping[str, keras.Model] = {}) -> Defense:
+    """Return the compiled defense of a run; call it in the scope of the strategy.
+
+    Args:
+        run: the configuration.
+        splits: data, for shapes and counts.
+        stages: what the defense's stages have trained, by name.
+    """
+    keras.utils.set_random_seed(run.train.seed)
+    backbone = backbones.build(run.backbone, image_shape=splits.image_shape, classes=len(splits.labels))
+    if run.train.precision != "float32":
+        backbone = backbones.with_precision(backbone, run.train.precision)
+    steps = _steps_per_epoch(run, splits)
+    defense = defenses.build(run, backbone, steps_per_epoch=steps, stages=stages)
+    optimizer = make_optimizer(run.train, run.train.epochs * steps)
+    defense.compile(optimizer=optimizer, jit_compile=run.train.jit_compile or None)
+    return defense
+
+
+def train(run: config.Run, splits: Splits, run_dir: Path) -> Trained:
+    """Train the defense of a run, its stages first, and return it at its best epoch.
+
+    What is in `run_dir` already is gone on with, according to `run.train.resume`; what is finished is not trained
+    again. A stage's folder is `run_dir/<stage>`.
+
+    Args:
+        run: the run's configuration.
+        splits: data to train and validate on.
+        run_dir: folder that receives `checkpoints/`, `tensorboard/`, `model.keras` and, last, `history.json`.
+
+    Raises:
+        UsageError: `run_dir` was begun with other settings.
+        InputError: none of its checkpoints can be read.
+    """
+    if run.train.epochs < 1:
+        raise UsageError(f"--train_epochs must be at least 1, not {run.train.epochs}")
+    if not 1 <= run.train.validate_every <= run.train.epochs:
+        raise UsageError("--train_validate_every must be at least 1, and must not exceed --train_epochs")
+    strategy = make_strategy(run.train)
+    stages = {stage.name: _stage(stage, splits, run_dir, strategy) for stage in defenses.stages(run)}
+    return _train(run, splits, run_dir, strategy, stages)
+
+
+def _stage(stage: Stage, splits: Splits, run_dir: Path, strategy: tf.distribute.Strategy) -> keras.Model:
+    """Return what a stage hands on: of the saved model it is pointed at, or trained in the run's directory."""
+    if not stage.saved:
+        return stage.take(_train(stage.run, splits, run_dir / stage.name, strategy, {}).defense)
+    try:
+        with strategy.scope():
+            return stage.take(keras.models.load_model(stage.saved))
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--defense_{stage.name}={stage.saved} cannot stand in for its stage: {reason}") from error
+
+
+def _train(
+    run: config.Run, splits: Splits, folder: Path, strategy: tf.distribute.Strategy, stages: Mapping[str, keras.Model]
+) -> Trained:
+    """Train one stage, or the defense itself, to its end, and save it."""
+    settings = settings_of(run, splits)
+    finished = _finished(folder, settings, run.train.resume)
+    if finished:
+        print(f"{folder / MODEL} is trained already; --train_resume=never trains it anew", file=sys.stderr)
+        return finished
+    with tempfile.TemporaryDirectory() as elsewhere:
+        own = folder if is_chief(strategy) else _copy(folder, Path(elsewhere), run.train.resume)
+        with strategy.scope():
+            defense = build(run, splits, stages)
+        select = SelectBest(own / "checkpoints/best", monitor=defense.monitor, guard=run.train.guard)
+        checkpoints = Checkpoints(own / "checkpoints/epochs", defense, select, settings)
+        first_epoch = checkpoints.restore(run.train.resume)
+        (own / HISTORY).unlink(missing_ok=True)
+        if first_epoch < run.train.epochs and select.collapsed_epoch is None:
+            if first_epoch:
+                print(f"going on after epoch {first_epoch} of {run.train.epochs}", file=sys.stderr)
+            _fit(run, splits, defense, first_epoch, [select, checkpoints, *_displays(run, splits, own)])
+        else:
+            select.restore_best(defense)
+        _save(defense, select, settings, own, optimizer=run.export.optimizer)
+    return Trained(defense, select, is_new=True)
+
+
+def _copy(folder: Path, elsewhere: Path, resume: str) -> Path:
+    """Return a folder for a worker that is not the chief, which saves along and whose files nobody else reads."""
+    if resume != "never" and (folder / "checkpoints").is_dir():
+        shutil.copytree(folder / "checkpoints", elsewhere / "checkpoints")
+    return elsewhere
+
+
+def _fit(run: config.Run, splits: Splits, defense: Defense, first_epoch: int, callbacks: list[Any]) -> None:
+    batch_size, steps = run.train.batch_size, run.train.steps_per_epoch
+    by_batches = tf.data.Options()  # over several workers, each takes its part of every batch
+    by_batches.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+    stream = splits.train.epochs(
+        batch_size, seed=run.train.seed, epochs=run.train.epochs, first_epoch=first_epoch, steps_per_epoch=steps
+    )
+    defense.fit(
+        stream.with_options(by_batches),
+        initial_epoch=first_epoch,
+        epochs=run.train.epochs,
+        steps_per_epoch=_steps_per_epoch(run, splits),
+        validation_data=splits.validation.batches(batch_size).with_options(by_batches),
+        validation_freq=run.train.validate_every,
+        callbacks=[ValidateAverages(), *callbacks],
+        verbose=0,
+    )
+
+
+def _displays(run: config.Run, splits: Splits, folder: Path) -> list[keras.callbacks.Callback]:
+    """Return the callbacks that only show how training goes."""
+    logs = folder / "tensorboard"
+    shown = [keras.callbacks.TensorBoard(str(logs), write_graph=False), Pictures(logs, splits.validation)]
+    return [*shown, TQDMProgressBar(show_epoch_progress=sys.stderr.isatty())] if run.progress else shown
+
+
+def _steps_per_epoch(run: config.Run, splits: Splits) -> int:
+    return run.train.steps_per_epoch or splits.train.steps_per_epoch(run.train.batch_size)
+
+
+def _finished(folder: Path, settings: Mapping[str, Any], resume: str) -> Trained | None:
+    """Return what a folder holds, if it was trained to its end with these settings."""
+    history, model = folder / HISTORY, folder / MODEL
+    if resume == "never" or not history.is_file() or not model.is_file():
+        return None
+    state = json.loads(history.read_text(encoding="utf-8"))
+    try:
+        check_settings(state.get("settings", {}), settings, folder)
+    except UsageError:
+        if resume == "always":
+            return None
+        raise
+    defense = keras.models.load_model(model)
+    select = SelectBest(folder, monitor=defense.monitor, guard=False)
+    select.load_state(state)
+    return Trained(defense, select, is_new=False)
+
+
+def _save(defense: Defense, select: SelectBest, settings: Mapping[str, Any], folder: Path, *, optimizer: bool) -> None:
+    """Write the model, and then the record that says it is whole."""
+    with replacing(folder / MODEL) as temporary:
+        as_kept(defense, optimizer=optimizer).save(temporary)
+    write_json(folder / HISTORY, {"monitor": f"val_{select.monitor}", **select.state(), "settings": dict(settings)})

@@ -1,0 +1,28 @@
+"""Example pictures in TensorBoard's files."""
+
+import numpy as np
+import tensorflow as tf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from kerasdefense import training
+from kerasdefense.training.pictures import COUNT, Pictures
+
+
+def test_pictures_are_clean_attacked_and_the_change(digits, small_run, tmp_path):
+    defense = training.build(small_run(), digits)
+    pictures = Pictures(tmp_path, digits.validation)
+    pictures.set_model(defense)
+    pictures.on_train_begin()
+    pictures.on_epoch_end(0, {"loss": 1.0})  # not validated: no pictures
+    pictures.on_epoch_end(1, {"val_clean_accuracy": 0.5})
+    events = EventAccumulator(str(tmp_path / "pictures"), size_guidance={"tensors": 0}).Reload()
+    shown = {}
+    for tag in ("clean", "adversarial", "perturbation"):
+        (event,) = events.Tensors(tag)
+        assert event.step == 2
+        encoded = tf.make_ndarray(event.tensor_proto)[2:]  # after width and height
+        shown[tag] = np.stack([tf.io.decode_png(each).numpy() for each in encoded]) / 255
+        assert shown[tag].shape == (COUNT, 8, 8, 1)
+    change = shown["adversarial"] - shown["clean"]
+    assert 0 < np.abs(change).max() <= 0.1 + 1 / 255
+    np.testing.assert_allclose(shown["perturbation"], 0.5 + change / 0.2, atol=0.03)
