@@ -2,7 +2,7 @@
 # The stamps .venv/.core and .venv/.full are older than a lock file that has changed, so that it is installed again.
 
 .NOTPARALLEL:
-.PHONY: help setup demo test check bench lock
+.PHONY: help setup demo test check bench gpu-check lock
 
 PYTHON := .venv/bin/python
 # A version manager's shim may be there and fail, so uv counts only if it runs.
@@ -17,6 +17,7 @@ help:
 	@echo "make test    run the tests, with coverage"
 	@echo "make check   check format, lint, types and import rules"
 	@echo "make bench   time training steps against their floor and against other libraries"
+	@echo "make gpu-check  train, compile and export for ten minutes on the accelerator of this machine, and report"
 	@echo "make lock    write both lock files anew from setup.cfg"
 
 setup: .venv/.full
@@ -36,6 +37,9 @@ check: .venv/.full
 
 bench: .venv/.full
 	$(PYTHON) -m benchmarks
+
+gpu-check: .venv/.full
+	$(PYTHON) -m benchmarks.accelerator
 
 lock: | $(OWN_UV)
 	$(UV) pip compile $(COMPILE) --extra pipelines --extra serving --extra bench --extra test \

@@ -1,22 +1,27 @@
 from __future__ import annotations
 
+import collections
 import json
 
 import pytest
+import tensorflow as tf
 
 from benchmarks import __main__ as benchmark
-from benchmarks import training_step
+from benchmarks import groups, peers
+from benchmarks.case import Case
+from benchmarks.floor import floor
 from benchmarks.timing import Timing, time_in_turns
-from benchmarks.training_step import Case, Measurement
+from benchmarks.training_step import Measurement
 
 CASE = Case("small_cnn", width=4, image_shape=(8, 8, 1), batch_size=10)
+PEERS, CONTROLS, CHECKPOINTS = groups.GROUPS
 
 
 @pytest.fixture(scope="module")
 def art():
     """Import ART before a test captures: its import closes all logging handlers, and absl's one its stream with it."""
-    if training_step.has_art():
-        training_step.import_art()
+    if peers.has_art():
+        peers.import_art()
 
 
 def measurement(*, ours=1.0, retraces=0, **others):
@@ -25,19 +30,33 @@ def measurement(*, ours=1.0, retraces=0, **others):
     return Measurement(Timing(seconds, seconds), {"mirrored": retraces})
 
 
+def script(monkeypatch, group, measured):
+    """Have nothing but one case of one group, and what is measured there."""
+    scripted = group._replace(quick_cases=(CASE,), measure=lambda case, rounds: measured)
+    monkeypatch.setattr(benchmark, "GROUPS", (scripted,))
+
+
 def test_quick_benchmark_fills_every_column_and_never_retraces(art, capsys, tmp_path):
     assert benchmark.main(["--quick", "--rounds=2", "--no-check", f"--output={tmp_path / 'figures.json'}"]) == 0
     printed = capsys.readouterr().out
-    assert [column for column in ("case", "strategy", *benchmark.COLUMNS) if column not in printed] == []
-    content = json.loads((tmp_path / "figures.json").read_text())
-    assert [row["strategy"] for row in content["rows"]] == ["mirrored", "none"]
-    for row in content["rows"]:
-        assert row["retraces"] == 0
+    headings = [column.heading for group in groups.GROUPS for column in group.columns]
+    assert [heading for heading in ("case", "strategy", *headings) if heading not in printed] == []
+    tables = json.loads((tmp_path / "figures.json").read_text())["tables"]
+    assert [[row["strategy"] for row in table["rows"]] for table in tables] == [
+        ["mirrored", "none"],
+        ["mirrored"],
+        ["mirrored"],
+    ]
+    for table in tables:
+        assert [row["retraces"] for row in table["rows"]] == [0] * len(table["rows"])
+        (rounds,) = table["rounds"].values()
+        assert {len(values) for values in rounds["seconds"].values()} == {2}
+    for row in tables[0]["rows"] + tables[1]["rows"]:
         assert 0 < row["over_floor_processor"] < 3
+    for row in tables[0]["rows"]:
         assert row["times_cleverhans"] > 0
-        assert (row["times_art"] or 0) > 0 or not training_step.has_art()
-    (rounds,) = content["rounds"].values()
-    assert {len(values) for values in rounds["seconds"].values()} == {2}
+        assert (row["times_art"] or 0) > 0 or not peers.has_art()
+    assert tables[2]["rows"][0]["checkpoint_share"] > 0
 
 
 def test_timing_is_the_median_of_the_faster_half_and_ratios_are_of_it():
@@ -55,27 +74,37 @@ def test_turns_begin_with_another_step_in_each_round():
 
 
 @pytest.mark.parametrize(
-    ("measured", "missed"),
+    ("group", "measured", "missed"),
     [
-        (measurement(ours=1.1, cleverhans=1.1, ART=2.2), []),
-        (measurement(ours=1.11, cleverhans=1.2, ART=2.3), ["ours/floor is 1.11, must be at most 1.10"]),
-        (measurement(cleverhans=0.9, ART=2.0), ["x cleverhans is 0.90, must be at least 1.00"]),
-        (measurement(cleverhans=1.0, ART=1.5), ["x ART is 1.50, must be at least 2.00"]),
-        (measurement(cleverhans=1.0, ART=2.0, retraces=1), ["retraces is 1, must be at most 0"]),
+        (PEERS, measurement(ours=1.1, cleverhans=1.1, ART=2.2), []),
+        (PEERS, measurement(ours=1.11, cleverhans=1.2, ART=2.3), ["ours/floor is 1.11, must be at most 1.10"]),
+        (PEERS, measurement(cleverhans=0.9, ART=2.0), ["x cleverhans is 0.90, must be at least 1.00"]),
+        (PEERS, measurement(cleverhans=1.0, ART=1.5), ["x ART is 1.50, must be at least 2.00"]),
+        (PEERS, measurement(cleverhans=1.0, ART=2.0, retraces=1), ["retraces is 1, must be at most 0"]),
+        (CONTROLS, measurement(ours=1.15), []),
+        (CONTROLS, measurement(ours=1.16, retraces=2), ["ours/floor is 1.16, must be at most 1.15", "retraces is 2"]),
+        (CHECKPOINTS, measurement(checkpoint=9.9), []),
+        (CHECKPOINTS, measurement(checkpoint=11.0), ["share of the steps is 5.50%, must be at most 5.00%"]),
     ],
 )
-def test_benchmark_fails_exactly_where_a_figure_is_missed(monkeypatch, capsys, measured, missed):
-    monkeypatch.setattr(benchmark, "QUICK_CASES", [CASE])
-    monkeypatch.setattr(benchmark, "measure", lambda case, rounds: measured)
+def test_benchmark_fails_exactly_where_a_figure_is_missed(monkeypatch, capsys, group, measured, missed):
+    script(monkeypatch, group, measured)
     assert benchmark.main(["--quick"]) == (1 if missed else 0)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"small_cnn-4 8x8x1 batch 10, mirrored: {miss}" for miss in missed]
+    assert len(lines) == len(missed)
+    for line, miss in zip(lines, missed):
+        assert line.startswith(f"{group.name(CASE)}, mirrored: {miss}")
     assert benchmark.main(["--quick", "--no-check"]) == 0
+
+
+def test_every_control_is_timed_with_and_without_weight_perturbation():
+    names = {case.defense_name for case in CONTROLS.cases}
+    assert names == {"standard", "fgsm_rs", "pgd_at", "trades", "mart", "pgd_at + AWP", "trades + AWP"}
 
 
 def test_benchmark_without_art_says_which_extra_to_install(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "has_art", lambda: False)
-    monkeypatch.setattr(benchmark, "measure", lambda case, rounds: measurement(cleverhans=1.5))
+    script(monkeypatch, PEERS, measurement(cleverhans=1.5))
     assert benchmark.main(["--quick"]) == 0
     printed = capsys.readouterr().out
     assert "pip install '.[bench]'" in printed
@@ -84,17 +113,42 @@ def test_benchmark_without_art_says_which_extra_to_install(monkeypatch, capsys):
 
 def test_busy_machine_is_reported(monkeypatch, capsys):
     seconds = {"floor": [1.0, 1.0, 1.5, 3.0, 3.0], "mirrored": [1.0] * 5, "cleverhans": [1.0] * 5}
-    monkeypatch.setattr(
-        benchmark, "measure", lambda case, rounds: Measurement(Timing(seconds, seconds), {"mirrored": 0})
-    )
+    script(monkeypatch, PEERS, Measurement(Timing(seconds, seconds), {"mirrored": 0}))
     benchmark.main(["--quick", "--no-check"])
     assert "the floor took 1.5 times as long in its median round" in capsys.readouterr().out
 
 
-def test_floor_takes_one_input_gradient_per_step_and_one_parameter_gradient():
-    gradients = training_step.floor(CASE)()
-    shapes = [tuple(variable.shape) for variable in CASE.make_classifier().trainable_variables]
-    assert [gradient.shape for gradient in gradients] == shapes
+@pytest.mark.parametrize(
+    ("control", "inference", "training"),
+    [
+        ({"defense": "standard", "steps": 0}, 0, 1),
+        ({"defense": "fgsm_rs", "steps": 1}, 1, 1),
+        ({"defense": "pgd_at", "steps": 3}, 3, 1),
+        ({"defense": "pgd_at", "steps": 3, "awp_gamma": 0.005}, 3, 2),
+        ({"defense": "mart", "steps": 3}, 3, 2),
+        ({"defense": "trades", "steps": 3}, 4, 2),
+        ({"defense": "trades", "steps": 3, "awp_gamma": 0.005}, 4, 4),
+    ],
+)
+def test_floor_takes_no_pass_that_the_method_could_do_without(monkeypatch, control, inference, training):
+    case = Case("small_cnn", width=4, image_shape=(8, 8, 1), batch_size=4, **control)
+    model, passes = case.make_classifier(), collections.Counter()
+
+    class Counting:
+        trainable_variables = model.trainable_variables
+
+        def __call__(self, image, training):
+            passes[training] += 1
+            return model(image, training=training)
+
+    monkeypatch.setattr(Case, "make_classifier", lambda self: Counting())
+    tf.config.run_functions_eagerly(True)
+    try:
+        gradients = floor(case)()
+    finally:
+        tf.config.run_functions_eagerly(False)
+    assert (passes[False], passes[True]) == (inference, training)
+    assert [gradient.shape for gradient in gradients] == [tuple(each.shape) for each in model.trainable_variables]
 
 
 def test_rounds_below_one_are_refused(capsys):

@@ -1,0 +1,83 @@
+"""What is trained in a benchmark: one defense, one backbone, images of one shape."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import keras
+import numpy as np
+
+from kerasdefense import backbones, config, training
+
+CLASSES = 10
+EPSILON = 8 / 255
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A defense whose attack takes so many steps in the L-inf ball, SGD with momentum, float32.
+
+    Attributes:
+        backbone: key of BACKBONES.
+        width: channels of its first stage.
+        image_shape: height, width, channels.
+        batch_size: images per step.
+        steps: gradient steps of the training attack; 0 where the defense has none.
+        defense: key of DEFENSES.
+        awp_gamma: adversarial weight perturbation; 0 = none.
+        ema_decay: decay of an average of the weights; 0 = none.
+    """
+
+    backbone: str
+    width: int
+    image_shape: tuple[int, int, int]
+    batch_size: int
+    steps: int = 10
+    defense: str = "pgd_at"
+    awp_gamma: float = 0.0
+    ema_decay: float = 0.0
+
+    @property
+    def run(self) -> config.Run:
+        """The configuration of a run that takes these steps."""
+        return config.Run(
+            backbone=config.Backbone(name=self.backbone, width=self.width),
+            attack=config.Attack(epsilon=EPSILON, steps=self.steps),
+            defense=config.Defense(name=self.defense, awp_gamma=self.awp_gamma),
+            train=config.Train(
+                batch_size=self.batch_size, learning_rate=0.01, schedule="constant", ema_decay=self.ema_decay
+            ),
+        )
+
+    @property
+    def model_name(self) -> str:
+        """What is trained on what, in words."""
+        return f"{self.backbone}-{self.width} {'x'.join(map(str, self.image_shape))} batch {self.batch_size}"
+
+    @property
+    def defense_name(self) -> str:
+        """By what it is trained, in words."""
+        extras = (" + AWP" if self.awp_gamma else "") + (" + EMA" if self.ema_decay else "")
+        return f"{self.defense}{extras}"
+
+    def batch(self) -> dict[str, np.ndarray]:
+        """Return a batch of noise with labels; what is in the images does not change the time."""
+        generator = np.random.default_rng(0)
+        return {
+            "image": generator.random((self.batch_size, *self.image_shape), np.float32),
+            "label": generator.integers(CLASSES, size=self.batch_size, dtype=np.int32),
+            "index": np.arange(self.batch_size, dtype=np.int32),
+        }
+
+    def make_backbone(self) -> keras.Model:
+        """Return the backbone with fresh weights."""
+        return backbones.build(self.run.backbone, image_shape=self.image_shape, classes=CLASSES)
+
+    def make_classifier(self) -> keras.Model:
+        """Return the backbone as the model from images to logits that other libraries take."""
+        backbone = self.make_backbone()
+        return keras.Model(backbone.input, backbone.output["logits"])
+
+    def make_optimizer(self) -> keras.optimizers.Optimizer:
+        """Return the optimizer of the run."""
+        return training.make_optimizer(self.run.train, steps=1)

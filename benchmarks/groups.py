@@ -1,0 +1,186 @@
+"""What is measured: groups of cases, each with a table and limits of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Callable, NamedTuple
+
+from benchmarks.case import Case
+from benchmarks.checkpoint import measure_checkpoint
+from benchmarks.peers import peers
+from benchmarks.tables import Column, Row
+from benchmarks.training_step import Measurement, measure, mirrored, mirrored_and_none
+
+EPOCH = 200
+"""Steps from one checkpoint to the next."""
+AWP, EMA = {"awp_gamma": 0.005}, {"ema_decay": 0.999}
+
+
+class Group(NamedTuple):
+    """Cases that are measured alike.
+
+    Attributes:
+        title: of the table; `{case}` is the model of the first case, `{steps}` the steps of its attack.
+        columns: of the table, with their limits.
+        cases: what is measured.
+        quick_cases: what is measured to see that it works.
+        measure: returns times and retraces of a case in so many rounds.
+        name: returns the name of a case's rows.
+        rows: returns the figures of a case.
+        reference: the contender by whose times a busy machine is told.
+    """
+
+    title: str
+    columns: tuple[Column, ...]
+    cases: tuple[Case, ...]
+    quick_cases: tuple[Case, ...]
+    measure: Callable[[Case, int], Measurement]
+    name: Callable[[Case], str]
+    rows: Callable[[Case, Measurement], list[Row]]
+    reference: str
+
+
+def measure_with_peers(case: Case, rounds: int) -> Measurement:
+    """Time the floor, ours under both strategies, and other libraries."""
+    return measure(case, rounds, strategies=mirrored_and_none(), others=peers(case))
+
+
+def measure_control(case: Case, rounds: int) -> Measurement:
+    """Time the floor, and ours under the strategy that users train under."""
+    return measure(case, rounds, strategies=mirrored())
+
+
+def rows_of_steps(case: Case, measurement: Measurement) -> list[Row]:
+    """Return the figures of a case, one row per strategy, against the floor."""
+    timing = measurement.timing
+    return [
+        {
+            "steps": case.steps,
+            "strategy": strategy,
+            "floor_ms": timing.milliseconds("floor"),
+            "ours_ms": timing.milliseconds(strategy),
+            "over_floor": timing.ratio(strategy, "floor"),
+            "over_floor_processor": timing.processor_ratio(strategy, "floor"),
+            "images_per_second": 1000 * case.batch_size / timing.milliseconds(strategy),
+            "retraces": retraces,
+        }
+        for strategy, retraces in measurement.retraces.items()
+    ]
+
+
+def rows_with_peers(case: Case, measurement: Measurement) -> list[Row]:
+    """Return the figures of a case; `times_...` is how many times as long the others take."""
+    rows = []
+    for row in rows_of_steps(case, measurement):
+        times = {name: measurement.timing.ratio(name, row["strategy"]) for name in measurement.timing.seconds}
+        others = {
+            "times_cleverhans": times["cleverhans"],
+            "times_art": times.get("ART"),
+            "times_art_whole_batches": times.get("ART, whole batches", times.get("ART")),
+        }
+        rows.append({**row, **others})
+    return rows
+
+
+def rows_of_checkpoint(case: Case, measurement: Measurement) -> list[Row]:
+    """Return what a checkpoint takes, in itself and as a share of the steps from one to the next."""
+    timing = measurement.timing
+    return [
+        {
+            "strategy": strategy,
+            "ours_ms": timing.milliseconds(strategy),
+            "checkpoint_ms": timing.milliseconds("checkpoint"),
+            "checkpoint_share": timing.ratio("checkpoint", strategy) / EPOCH,
+            "retraces": retraces,
+        }
+        for strategy, retraces in measurement.retraces.items()
+    ]
+
+
+def model_name(case: Case) -> str:
+    """Return the name of a case by its model."""
+    return case.model_name
+
+
+def defense_name(case: Case) -> str:
+    """Return the name of a case by its defense."""
+    return case.defense_name
+
+
+FLOOR_MS, OURS_MS = Column("floor ms", "floor_ms", ".1f"), Column("ours ms", "ours_ms", ".1f")
+PROCESSOR = Column("(CPU time)", "over_floor_processor", ".2f")
+IMAGES = Column("images/s", "images_per_second", ".0f")
+RETRACES = Column("retraces", "retraces", "d", at_most=0)
+
+RESNET = Case("resnet8", width=16, image_shape=(32, 32, 3), batch_size=128)
+SMALL_CNN = Case("small_cnn", width=16, image_shape=(28, 28, 1), batch_size=32)
+CONTROLS = (
+    {"defense": "standard", "steps": 0},
+    {"defense": "fgsm_rs", "steps": 1},
+    {"defense": "pgd_at", "steps": 3},
+    {"defense": "trades", "steps": 3},
+    {"defense": "mart", "steps": 3},
+    {"defense": "pgd_at", "steps": 3, **AWP},
+    {"defense": "trades", "steps": 3, **AWP},
+)
+
+GROUPS = (
+    Group(
+        title="A training step with PGD-{steps}",
+        columns=(
+            FLOOR_MS,
+            OURS_MS,
+            Column("ours/floor", "over_floor", ".2f", at_most=1.10),
+            PROCESSOR,
+            IMAGES,
+            Column("x cleverhans", "times_cleverhans", ".2f", at_least=1.0),
+            Column("x ART", "times_art", ".2f", at_least=2.0),
+            Column("(whole batches)", "times_art_whole_batches", ".2f"),
+            RETRACES,
+        ),
+        cases=tuple(
+            dataclasses.replace(case, batch_size=batch_size) for case in (RESNET, SMALL_CNN) for batch_size in (32, 128)
+        ),
+        quick_cases=(dataclasses.replace(SMALL_CNN, steps=3),),
+        measure=measure_with_peers,
+        name=model_name,
+        rows=rows_with_peers,
+        reference="floor",
+    ),
+    Group(
+        title="A step of each control ({case})",
+        columns=(
+            Column("attack steps", "steps", "d"),
+            FLOOR_MS,
+            OURS_MS,
+            Column("ours/floor", "over_floor", ".2f", at_most=1.15),
+            PROCESSOR,
+            IMAGES,
+            RETRACES,
+        ),
+        cases=tuple(dataclasses.replace(RESNET, **each) for each in CONTROLS),
+        quick_cases=(dataclasses.replace(SMALL_CNN, width=4, defense="trades", steps=1, **AWP),),
+        measure=measure_control,
+        name=defense_name,
+        rows=rows_of_steps,
+        reference="floor",
+    ),
+    Group(
+        title=f"A checkpoint every {EPOCH} steps ({{case}})",
+        columns=(
+            OURS_MS,
+            Column("checkpoint ms", "checkpoint_ms", ".1f"),
+            Column("share of the steps", "checkpoint_share", ".2%", at_most=0.05),
+            RETRACES,
+        ),
+        cases=(
+            dataclasses.replace(RESNET, defense="standard", steps=0),
+            dataclasses.replace(RESNET, defense="trades", steps=3, **AWP, **EMA),
+        ),
+        quick_cases=(dataclasses.replace(SMALL_CNN, width=4, steps=1, **AWP, **EMA),),
+        measure=measure_checkpoint,
+        name=defense_name,
+        rows=rows_of_checkpoint,
+        reference="checkpoint",
+    ),
+)
