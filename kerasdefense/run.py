@@ -1,4 +1,4 @@
-"""python -m kerasdefense.run: flags -> Run -> train | evaluate | export. Thin: the work is done elsewhere."""
+"""python -m kerasdefense.run: flags -> Run -> train | evaluate | export | compare. Thin: the work is done elsewhere."""
 
 from __future__ import annotations
 
@@ -21,32 +21,20 @@ from kerasdefense.data import Splits
 from kerasdefense.defenses import DEFENSES, Defense
 from kerasdefense.evaluation import SUITES
 from kerasdefense.evaluation.report import note
-from kerasdefense.files import replacing, write_json, write_text
+from kerasdefense.files import write_json, write_text
+from kerasdefense.training import MODEL
 from kerasdefense.types import InputError, UsageError
 
-MODEL, HISTORY = "model.keras", "history.json"
 RESULTS, ADVERSARIAL = "evaluation/results.json", "evaluation/adversarial.npz"
 
 
 def train(run: config.Run, splits: Splits) -> None:
-    """Train and save config.cfg, history.json and model.keras to the run directory."""
+    """Train into the run directory, and write the config.cfg that its model was trained by."""
     run_dir = Path(run.run_dir)
-    defense, select = training.train(run, splits, run_dir)
-    for outdated in (RESULTS, ADVERSARIAL):  # measured on the model that was there before
-        (run_dir / outdated).unlink(missing_ok=True)
-    write_text(run_dir / flags.CONFIG, "\n".join(flags.to_lines(run)) + "\n")
-    selection = {"monitor": f"val_{select.monitor}", "best": select.best, "best_epoch": select.best_epoch}
-    write_json(run_dir / HISTORY, {**selection, "collapsed_epoch": select.collapsed_epoch, "epochs": select.history})
-    with replacing(run_dir / MODEL) as temporary:
-        (defense if run.export.optimizer else _without_optimizer(defense)).save(temporary)
-
-
-def _without_optimizer(defense: Defense) -> Defense:
-    """Return a copy that was never compiled."""
-    copy = type(defense).from_config(defense.get_config())
-    counters = {id(variable) for metric in defense.metrics for variable in metric.variables}
-    copy.set_weights([variable.numpy() for variable in defense.weights if id(variable) not in counters])
-    return copy
+    if training.train(run, splits, run_dir).is_new:
+        for outdated in (RESULTS, ADVERSARIAL):  # measured on the model that was there before
+            (run_dir / outdated).unlink(missing_ok=True)
+        write_text(run_dir / flags.CONFIG, "\n".join(flags.to_lines(run)) + "\n")
 
 
 def load_defense(run: config.Run, splits: Splits) -> Defense:
@@ -90,6 +78,7 @@ def evaluate(run: config.Run, splits: Splits, defense: Defense) -> dict[str, Any
     results = {
         "schema_version": 1,
         **measured,
+        "attack_budget": defense.attack_budget,
         "suite": wanted.suite,
         "note": note(wanted.suite, examples),
         "config": dataclasses.asdict(run),
@@ -104,6 +93,8 @@ def evaluate(run: config.Run, splits: Splits, defense: Defense) -> dict[str, Any
 def export_model(run: config.Run, splits: Splits, defense: Defense) -> Path:
     """Write saved_model/<version>/ with its card, from the last evaluation of this run if there is one."""
     run_dir = Path(run.run_dir)
+    if run.export.dir and not (run_dir / ADVERSARIAL).is_file():
+        raise UsageError(f"evaluate with --mode=evaluate before publishing: there is no {run_dir / ADVERSARIAL}")
     results = json.loads((run_dir / RESULTS).read_text(encoding="utf-8")) if (run_dir / RESULTS).is_file() else None
     if results is not None:
         evaluation.check_results(results)
@@ -114,13 +105,27 @@ def export_model(run: config.Run, splits: Splits, defense: Defense) -> Path:
         image_shape=splits.image_shape,
         versions=evaluation.versions(),
     )
-    return export.save(
+    version = export.save(
         defense,
-        run_dir / "saved_model",
+        Path(run.export.dir or run_dir / "saved_model"),
         labels=splits.labels,
         version=run.export.version,
         card=card,
     )
+    if run.export.dir:
+        export.publish(defense, version, run_dir / ADVERSARIAL)
+    return version
+
+
+def compare(run: config.Run, console: Console) -> None:
+    """Print one table over runs and published models, and write it to the run directory for people and machines."""
+    compared = evaluation.compare(
+        [evaluation.read_outcomes(Path(each)) for each in run.runs.split(",") if each], seed=run.evaluate.seed
+    )
+    console.print(evaluation.comparison_table(compared))
+    for name, text in (("md", evaluation.to_markdown(compared)), ("csv", evaluation.to_csv(compared))):
+        write_text(Path(run.run_dir) / f"comparison.{name}", text)
+        console.print(Path(run.run_dir) / f"comparison.{name}", highlight=False, soft_wrap=True)
 
 
 def describe(run: config.Run, splits: Splits) -> str:
@@ -152,12 +157,18 @@ def load_lines(run: config.Run, version: Path) -> str:
 
 def execute(run: config.Run, console: Console) -> None:
     """Carry out a run and print what a reader needs."""
+    if run.mode == "compare":
+        compare(run, console)
+        return
+    strategy = training.make_strategy(run.train)  # several workers must find each other before anything else is done
     splits = data.load(run.data)
     if run.dry_run:
         print(describe(run, splits))
         return
     if run.mode in ("all", "train"):
         train(run, splits)
+    if not training.is_chief(strategy):
+        return
     if run.mode == "train":
         console.print(f"trained: {Path(run.run_dir) / MODEL}", highlight=False, soft_wrap=True)
         return

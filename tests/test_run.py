@@ -10,13 +10,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_datasets as tfds
 
-from kerasdefense import evaluation, flags, run
+from kerasdefense import evaluation, flags, run, training
 from kerasdefense.files import replacing
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.cfg") if not path.stem.startswith("base"))
 TINY = [
     "--backbone_name=small_cnn",
     "--backbone_width=4",
@@ -37,23 +35,6 @@ def tiny(run_dir, *more):
 
 
 @pytest.fixture(scope="module")
-def prepared_sets(tmp_path_factory):
-    """A TFDS folder with a few made-up images in CIFAR-10's own format."""
-    folder = tmp_path_factory.mktemp("tfds")
-    random = np.random.default_rng(0)
-
-    def examples(count):
-        for number in range(count):
-            image = random.integers(256, size=(32, 32, 3), dtype=np.uint8)
-            yield number, {"id": str(number), "image": image, "label": number % 10}
-
-    builder = tfds.builder("cifar10", data_dir=folder)
-    builder._split_generators = lambda manager: {"train": examples(200), "test": examples(20)}
-    builder.download_and_prepare()
-    return folder
-
-
-@pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "tiny"
     assert run.main(tiny(run_dir)) == 0
@@ -61,7 +42,14 @@ def finished(tmp_path_factory):
 
 
 def test_run_writes_its_directory(finished):
-    for name in (flags.CONFIG, run.MODEL, run.HISTORY, run.RESULTS, run.ADVERSARIAL, "saved_model/1/card.json"):
+    for name in (
+        flags.CONFIG,
+        training.MODEL,
+        training.HISTORY,
+        run.RESULTS,
+        run.ADVERSARIAL,
+        "saved_model/1/card.json",
+    ):
         assert (finished / name).is_file(), name
     for name in ("checkpoints", "tensorboard"):
         assert any((finished / name).iterdir()), name
@@ -90,7 +78,7 @@ def test_printed_lines_load_the_result(finished, capsys):
 
 def test_written_config_reproduces_run(finished, tmp_path):
     assert run.main([f"--flagfile={finished / flags.CONFIG}", f"--run_dir={tmp_path}", "--mode=train"]) == 0
-    models = [keras.models.load_model(folder / run.MODEL) for folder in (finished, tmp_path)]
+    models = [keras.models.load_model(folder / training.MODEL) for folder in (finished, tmp_path)]
     for one, two in zip(*(model.get_weights() for model in models)):
         np.testing.assert_array_equal(one, two)
 
@@ -98,9 +86,9 @@ def test_written_config_reproduces_run(finished, tmp_path):
 def test_model_without_optimizer_answers_alike(tmp_path):
     assert run.main(tiny(tmp_path, "--mode=train", "--noexport_optimizer")) == 0
     assert run.main(tiny(tmp_path / "with", "--mode=train")) == 0
-    models = [keras.models.load_model(folder / run.MODEL) for folder in (tmp_path, tmp_path / "with")]
+    models = [keras.models.load_model(folder / training.MODEL) for folder in (tmp_path, tmp_path / "with")]
     assert models[0].optimizer is None and models[1].optimizer is not None
-    assert (tmp_path / run.MODEL).stat().st_size < (tmp_path / "with" / run.MODEL).stat().st_size
+    assert (tmp_path / training.MODEL).stat().st_size < (tmp_path / "with" / training.MODEL).stat().st_size
     for one, two in zip(*(model.backbone.get_weights() for model in models)):
         np.testing.assert_array_equal(one, two)
 
@@ -108,34 +96,27 @@ def test_model_without_optimizer_answers_alike(tmp_path):
 def test_training_again_removes_old_figures(tmp_path):
     assert run.main(tiny(tmp_path)) == 0
     assert (tmp_path / run.RESULTS).is_file()
-    assert run.main(tiny(tmp_path, "--mode=train")) == 0
+    assert run.main(tiny(tmp_path, "--mode=train")) == 0  # trained already: nothing is lost
+    assert (tmp_path / run.RESULTS).is_file()
+    assert run.main(tiny(tmp_path, "--mode=train", "--train_resume=never")) == 0
     assert not (tmp_path / run.RESULTS).exists() and not (tmp_path / run.ADVERSARIAL).exists()
 
 
 def test_modes_do_one_part_each(finished, tmp_path, capsys):
-    before = (finished / run.MODEL).read_bytes()
+    before = (finished / training.MODEL).read_bytes()
     assert run.main(tiny(finished, "--mode=evaluate", "--evaluate_examples=16")) == 0
-    assert (finished / run.MODEL).read_bytes() == before
+    assert (finished / training.MODEL).read_bytes() == before
     assert json.loads((finished / run.RESULTS).read_text())["clean_accuracy"]["n"] == 16
     assert "robust: after the worst of all" in capsys.readouterr().out
     assert run.main(tiny(tmp_path / "none", "--mode=evaluate")) == 2
     assert "train first" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flagfile", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_config_resolves(flagfile, monkeypatch, capsys, tmp_path, prepared_sets):
-    monkeypatch.chdir(tmp_path)  # nested flag files are found from any working directory
-    assert run.main([f"--flagfile={flagfile}", "--dry_run", f"--data_dir={prepared_sets}"]) == 0
-    printed = capsys.readouterr().out
-    assert "trainable parameters" in printed and "--attack_epsilon=" in printed
-    assert not (tmp_path / "runs").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["--train_epoch=3"], 2, "did you mean --train_epochs?"),
-        (["--defense_name=magic"], 2, "unknown defense 'magic'; valid: fgsm_rs, pgd_at, standard"),
+        (["--defense_name=magic"], 2, "unknown defense 'magic'; valid: fgsm_rs, mart, pgd_at, standard, trades"),
         (["--backbone_name=vgg"], 2, "unknown backbone 'vgg'; valid:"),
         (["--defense_name=fgsm_rs", "--attack_steps=7"], 2, "fgsm_rs takes one step"),
         (["--defense_name=pgd_at", "--attack_name=cleverhans_pgd"], 2, "cannot craft training images"),
@@ -201,22 +182,22 @@ def test_own_model_of_any_size_goes_all_the_way(tmp_path):
 
 
 def test_damaged_model_is_refused(tmp_path, capsys):
-    (tmp_path / run.MODEL).write_bytes(b"no model")
+    (tmp_path / training.MODEL).write_bytes(b"no model")
     assert run.main(tiny(tmp_path, "--mode=export")) == 1
     assert "is not a model that Keras can load" in capsys.readouterr().err
 
 
 def test_full_disk_leaves_old_model_whole(finished, monkeypatch, capsys):
-    before = (finished / run.MODEL).read_bytes()
+    before = (finished / training.MODEL).read_bytes()
 
     def fill(self, path, *args, **kwargs):
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(keras.Model, "save", fill)
-    assert run.main(tiny(finished, "--mode=train")) == 1
+    assert run.main(tiny(finished, "--mode=train", "--train_resume=never")) == 1
     assert "No space left on device" in capsys.readouterr().err
-    assert (finished / run.MODEL).read_bytes() == before
+    assert (finished / training.MODEL).read_bytes() == before
     assert not list(finished.rglob(".writing-*"))
 
 
@@ -244,3 +225,25 @@ def test_command_line_error():
     done = command("--train_epoch=1")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: unknown flag --train_epoch")
+
+
+def test_published_model_is_complete_and_compared(finished, tmp_path, capsys):
+    published = tmp_path / "saved_models" / "tiny"
+    assert run.main(tiny(finished, "--mode=evaluate")) == 0
+    assert run.main(tiny(finished, "--mode=export", f"--export_dir={published}")) == 0
+    assert {path.name for path in published.iterdir()} == {"1", "card.json", "model.keras", "outcomes.npz"}
+    assert keras.models.load_model(published / "model.keras").optimizer is None
+    assert "image_adv" not in np.load(published / "outcomes.npz").files
+    folder = tmp_path / "comparison"
+    assert run.main(["--mode=compare", str(finished), str(published), f"--run_dir={folder}"]) == 0
+    assert "Δ worst" in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == {"comparison.csv", "comparison.md"}
+    assert run.main(["--mode=compare", str(finished)]) == 2
+    assert "--mode=compare RUN RUN" in capsys.readouterr().err
+
+
+def test_model_that_was_not_evaluated_is_not_published(tmp_path, capsys):
+    assert run.main(tiny(tmp_path / "run", "--mode=train")) == 0
+    assert run.main(tiny(tmp_path / "run", "--mode=export", f"--export_dir={tmp_path / 'published'}")) == 2
+    assert "evaluate with --mode=evaluate before publishing" in capsys.readouterr().err
+    assert not (tmp_path / "published").exists()

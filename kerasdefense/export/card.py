@@ -65,9 +65,11 @@ def check_card(content: Mapping[str, Any]) -> None:
 
 def _figures(results: Mapping[str, Any]) -> dict[str, Any]:
     """Return what was measured, and all that one must know to read it."""
-    taken = ("clean_accuracy", "robust_accuracy", "suite", "note", "seed")
+    taken = ("attack_budget", "clean_accuracy", "robust_accuracy", "suite", "note", "seed")
+    of_attack = ("name", "path", "accuracy", "ci95")
     return {
         **{key: results[key] for key in taken},
+        "attacks": [{key: attack[key] for key in of_attack} for attack in results["attacks"]],
         "threat_model": dict(results["attacks"][0]["threat_model"]),
     }
 

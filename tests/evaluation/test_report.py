@@ -35,7 +35,7 @@ def results():
         [PlannedAttack("fgsm", FGSM("linf", 32 / 255))],
     )
     rest = {"suite": "quick", "note": note("quick", 8), "config": {}, "versions": versions(), "seed": 0}
-    return {"schema_version": 1, **measured, **rest}
+    return {"schema_version": 1, **measured, "attack_budget": 1, **rest}
 
 
 @given(st.integers(1, 500), st.floats(0, 1))

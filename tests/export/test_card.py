@@ -11,7 +11,16 @@ RESULTS = {
     "schema_version": 1,
     "clean_accuracy": {"value": 0.9, "n": 10, "ci95": [0.6, 0.98]},
     "robust_accuracy": ACCURACY,
-    "attacks": [{"name": "pgd20", "path": "exact", "threat_model": {"norm": "linf", "epsilon": 0.2}}],
+    "attacks": [
+        {
+            "name": "pgd20",
+            "path": "exact",
+            "threat_model": {"norm": "linf", "epsilon": 0.2},
+            "accuracy": 0.5,
+            "ci95": [0.2, 0.8],
+        }
+    ],
+    "attack_budget": 7,
     "suite": "standard",
     "note": "Preliminary.",
     "config": {},
@@ -62,6 +71,8 @@ def test_card_carries_figures_with_their_own_threat_model():
     assert make_card()["figures"] == {
         "clean_accuracy": RESULTS["clean_accuracy"],
         "robust_accuracy": ACCURACY,
+        "attacks": [{"name": "pgd20", "path": "exact", "accuracy": 0.5, "ci95": [0.2, 0.8]}],
+        "attack_budget": 7,
         "threat_model": {"norm": "linf", "epsilon": 0.2},
         "suite": "standard",
         "note": "Preliminary.",
