@@ -152,7 +152,7 @@ class Export:
     optimizer: bool = _field(True, "keep the optimizer's slots in model.keras, to train on")
     dir: str = _field(
         "",
-        "also publish there, as saved_models/NAME: model, card, outcomes, version; empty = in the run directory only",
+        "publish there, as saved_models/NAME: version, model, card, outcomes; empty = saved_model/ of the run",
     )
 
 

@@ -44,7 +44,7 @@ def train_and_measure(name: str, console: Console) -> tuple[Outcome, Splits]:
     flagfile = CONFIGS / f"{name}.cfg"
     if not flagfile.is_file():
         raise UsageError(f"there is no {flagfile}; start the demo in the project's root folder")
-    settings = flags.parse([f"--flagfile={flagfile}", f"--run_dir={FOLDER / name}"])
+    settings = flags.parse([f"--flagfile={flagfile}", f"--run_dir={FOLDER / name}", "--train_resume=never"])
     console.print(f"\nTraining {name} on digits, {settings.train.epochs} epochs ...", style="bold")
     splits = data.load(settings.data)
     run.train(settings, splits)

@@ -29,12 +29,16 @@ RESULTS, ADVERSARIAL = "evaluation/results.json", "evaluation/adversarial.npz"
 
 
 def train(run: config.Run, splits: Splits) -> None:
-    """Train into the run directory, and write the config.cfg that its model was trained by."""
+    """Train into the run directory; a new model gets the config.cfg that it was trained by, and loses old figures."""
     run_dir = Path(run.run_dir)
-    if training.train(run, splits, run_dir).is_new:
+    kept = dataclasses.replace(run, export=dataclasses.replace(run.export, dir=""))  # not to publish again unasked
+
+    def describe_model() -> None:
         for outdated in (RESULTS, ADVERSARIAL):  # measured on the model that was there before
             (run_dir / outdated).unlink(missing_ok=True)
-        write_text(run_dir / flags.CONFIG, "\n".join(flags.to_lines(run)) + "\n")
+        write_text(run_dir / flags.CONFIG, "\n".join(flags.to_lines(kept)) + "\n")
+
+    training.train(run, splits, run_dir, on_saved=describe_model)
 
 
 def load_defense(run: config.Run, splits: Splits) -> Defense:
@@ -93,8 +97,8 @@ def evaluate(run: config.Run, splits: Splits, defense: Defense) -> dict[str, Any
 def export_model(run: config.Run, splits: Splits, defense: Defense) -> Path:
     """Write saved_model/<version>/ with its card, from the last evaluation of this run if there is one."""
     run_dir = Path(run.run_dir)
-    if run.export.dir and not (run_dir / ADVERSARIAL).is_file():
-        raise UsageError(f"evaluate with --mode=evaluate before publishing: there is no {run_dir / ADVERSARIAL}")
+    if run.export.dir:
+        evaluation.read_outcomes(run_dir)  # what is published must be there, and of one evaluation
     results = json.loads((run_dir / RESULTS).read_text(encoding="utf-8")) if (run_dir / RESULTS).is_file() else None
     if results is not None:
         evaluation.check_results(results)
@@ -160,15 +164,17 @@ def execute(run: config.Run, console: Console) -> None:
     if run.mode == "compare":
         compare(run, console)
         return
-    strategy = training.make_strategy(run.train)  # several workers must find each other before anything else is done
+    trains = run.mode in ("all", "train")
+    if trains:  # several workers must find each other before anything else is done
+        strategy = training.make_strategy(run.train)
     splits = data.load(run.data)
     if run.dry_run:
         print(describe(run, splits))
         return
-    if run.mode in ("all", "train"):
+    if trains:
         train(run, splits)
-    if not training.is_chief(strategy):
-        return
+        if not training.is_chief(strategy):
+            return
     if run.mode == "train":
         console.print(f"trained: {Path(run.run_dir) / MODEL}", highlight=False, soft_wrap=True)
         return

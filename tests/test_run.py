@@ -2,6 +2,8 @@
 
 import errno
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -244,6 +246,29 @@ def test_published_model_is_complete_and_compared(finished, tmp_path, capsys):
 
 def test_model_that_was_not_evaluated_is_not_published(tmp_path, capsys):
     assert run.main(tiny(tmp_path / "run", "--mode=train")) == 0
-    assert run.main(tiny(tmp_path / "run", "--mode=export", f"--export_dir={tmp_path / 'published'}")) == 2
-    assert "evaluate with --mode=evaluate before publishing" in capsys.readouterr().err
+    assert run.main(tiny(tmp_path / "run", "--mode=export", f"--export_dir={tmp_path / 'published'}")) == 1
+    assert "results.json; evaluate it first with --mode=evaluate" in capsys.readouterr().err
     assert not (tmp_path / "published").exists()
+
+
+def test_configuration_that_was_not_written_before_a_kill_is_written(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    written = (tmp_path / "run" / flags.CONFIG).read_text()
+    (tmp_path / "run" / flags.CONFIG).unlink()
+    (tmp_path / "run" / training.HISTORY).unlink()  # which is written last
+    assert run.main(tiny(tmp_path / "run", "--evaluate_examples=16")) == 0
+    written = written.replace("--evaluate_examples=32", "--evaluate_examples=16")
+    assert (tmp_path / "run" / flags.CONFIG).read_text().replace(str(tmp_path / "run"), str(finished)) == written
+
+
+def test_card_names_no_folder_of_this_machine(finished, tmp_path):
+    assert run.main(tiny(finished, "--mode=evaluate")) == 0
+    published = tmp_path / "published"
+    assert run.main(tiny(finished, "--mode=export", f"--export_dir={published}", f"--data_dir={tmp_path}")) == 0
+    for card in published.rglob("card.json"):
+        assert not re.search(r'"/\w', card.read_text())
+
+
+def test_model_of_several_workers_is_evaluated_on_one(finished, monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    assert run.main(tiny(finished, "--mode=evaluate", "--train_strategy=multi_worker")) == 0

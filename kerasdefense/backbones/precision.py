@@ -11,26 +11,33 @@ PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 
 def with_precision(backbone: keras.Model, precision: str) -> keras.Model:
     """Return a copy of the backbone, weights included, whose layers compute in one of PRECISIONS."""
-    config = backbone.get_config()
-    logits = backbone.output["logits"]._keras_history.layer.name
-    for layer in config["layers"]:
-        if layer["config"]["name"] != logits:
-            layer.update(in_precision(layer, precision))
-    recast = type(backbone).from_config(config)
+    logits = _logits_layer(backbone).name
+    recast = type(backbone).from_config(in_precision(backbone.get_config(), precision, but=logits))
     recast.set_weights(backbone.get_weights())
     return recast
 
 
-def in_precision(config: Any, precision: str) -> Any:
-    """Return a nest of Keras configurations with each of PRECISIONS in it, inputs aside, replaced by `precision`."""
+def in_precision(config: Any, precision: str, *, but: str = "") -> Any:
+    """Return a nest of Keras configurations with each of PRECISIONS in it replaced by `precision`.
+
+    Inputs stay as they are, and so does the layer whose name is `but`.
+    """
     if isinstance(config, (list, tuple)):
-        return type(config)(in_precision(each, precision) for each in config)
+        return type(config)(in_precision(each, precision, but=but) for each in config)
     if not isinstance(config, dict) or config.get("class_name") == "InputLayer":
         return config
+    if but and "class_name" in config and config.get("config", {}).get("name") == but:
+        return config
     return {
-        key: _replaced(value, precision) if key == "dtype" else in_precision(value, precision)
+        key: _replaced(value, precision) if key == "dtype" else in_precision(value, precision, but=but)
         for key, value in config.items()
     }
+
+
+def _logits_layer(model: keras.Model) -> keras.layers.Layer:
+    """Return the layer that gives the logits, in whatever model it is nested."""
+    layer = model.output["logits"]._keras_history.layer
+    return _logits_layer(layer) if isinstance(layer, keras.Model) else layer
 
 
 def _replaced(dtype: Any, precision: str) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from kerasdefense import config
-from kerasdefense.defenses import DEFENSES
+from kerasdefense.defenses import DEFENSES, weight_perturbation
 from kerasdefense.files import check_schema
 from kerasdefense.types import look_up
 
@@ -48,14 +48,26 @@ def card(
         "defense": {
             "name": run.defense.name,
             "preset": run.defense.preset,
-            "deviations": _deviations(look_up(DEFENSES, run.defense.name, "defense")),
+            "deviations": _deviations(look_up(DEFENSES, run.defense.name, "defense"), run.defense.awp_gamma),
         },
         "backbone": Path(run.backbone.path).name or run.backbone.name,
         "figures": None if results is None else _figures(results),
-        "config": dataclasses.asdict(run),
+        "config": dataclasses.asdict(_without_places(run)),
         "versions": dict(versions),
         "seed": run.train.seed,
     }
+
+
+def _without_places(run: config.Run) -> config.Run:
+    """Return the configuration without folders, which say nothing of the model and something of a machine."""
+    return dataclasses.replace(
+        run,
+        run_dir="",
+        runs="",
+        data=dataclasses.replace(run.data, dir=Path(run.data.dir).name if run.data.name == "folder" else ""),
+        backbone=dataclasses.replace(run.backbone, path=Path(run.backbone.path).name),
+        export=dataclasses.replace(run.export, dir=""),
+    )
 
 
 def check_card(content: Mapping[str, Any]) -> None:
@@ -74,7 +86,9 @@ def _figures(results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _deviations(kind: type) -> str:
-    """Return what a defense's docstring says of its deviations from the publication, in one line."""
-    found = re.search(r"Deviations: (.*?)(\n\n|$)", inspect.getdoc(kind) or "", re.DOTALL)
-    return " ".join(found.group(1).split()).rstrip(".") if found else "not stated"
+def _deviations(kind: type, awp_gamma: float) -> str:
+    """Return what the docstrings of a defense, and of weight perturbation if used, say of deviations, in one line."""
+    texts = [inspect.getdoc(kind)] + ([inspect.getdoc(weight_perturbation)] if awp_gamma else [])
+    found = [re.search(r"Deviations: (.*?)(\n\n|$)", text or "", re.DOTALL) for text in texts]
+    stated = [" ".join(each.group(1).split()).rstrip(".") if each else "not stated" for each in found]
+    return "; weight perturbation: ".join(stated)

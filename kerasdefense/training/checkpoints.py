@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -58,53 +57,71 @@ class Checkpoints(keras.callbacks.Callback):
         self.state.assign(json.dumps(state))
         saving.save(self.manager, epoch + 1)
 
-    def restore(self, resume: str) -> int:
+    def restore(self, *, whatever_settings: bool = False) -> int:
         """Go back to the newest checkpoint that can be read, and return how many epochs it has behind it.
 
         Args:
-            resume: `auto` refuses a checkpoint of other settings, `always` takes it, `never` removes all checkpoints.
+            whatever_settings: whether to take a checkpoint of other settings too, without its best epoch.
 
         Returns:
             0 where there is none.
 
         Raises:
-            UsageError: the checkpoint is of other settings.
+            UsageError: the checkpoint is of other settings, and these are refused or do not fit its variables.
             InputError: there are checkpoints, and none can be read.
         """
-        if resume == "never":
-            shutil.rmtree(self.folder, ignore_errors=True)
         paths = list(newest_first(self.folder))
         for path in paths:
             try:
                 state = read_state(path)
-                if resume != "always":
-                    check_settings(state["settings"], self.settings, path.parent)
-                self.checkpoint.restore(str(path)).assert_existing_objects_matched()
+                differing = differences(state["settings"], self.settings)
+                if differing and not whatever_settings:
+                    refuse(differing, path.parent)
+                self._read(path, differing)
             except (tf.errors.OpError, RuntimeError, AssertionError, LookupError, json.JSONDecodeError) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 print(f"checkpoint {path} cannot be read ({reason}); going back to the one before", file=sys.stderr)
                 continue
-            self.select.load_state(state["selection"])
+            self.select.load_state(state["selection"], same_settings=not differing)
             return int(state["epoch"])
         if paths:
             raise InputError(f"no checkpoint in {self.folder} can be read; --train_resume=never begins anew")
         return 0
 
+    def _read(self, path: Path, differing: Sequence[str]) -> None:
+        try:
+            self.checkpoint.restore(str(path)).assert_existing_objects_matched()
+        except (AssertionError, ValueError) as error:  # other variables, or of other shapes
+            if not differing:
+                raise
+            raise UsageError(
+                f"{path} does not fit a model of these settings ({'; '.join(differing[:NAMED])}): "
+                "take another --run_dir, or pass --train_resume=never to begin anew"
+            ) from error
+
 
 def settings_of(run: config.Run, splits: Splits) -> dict[str, Any]:
     """Return what training depends on, by flag, and of the data what tells it from another set of its name."""
-    sections = {section: getattr(run, section) for section in ("data", "backbone", "attack", "defense", "train")}
-    settings = {
+    settings = _flags_of(run)
+    images = f"{splits.train.examples} of {splits.image_shape} in {len(splits.labels)} classes"
+    return {**settings, "training images": images, "labels": ", ".join(splits.labels)}
+
+
+def _flags_of(run: config.Run) -> dict[str, Any]:
+    """Return the flags that training depends on, files as whole paths."""
+    data_dir = str(Path(run.data.dir).resolve()) if run.data.name == "folder" else ""  # a set keeps its name elsewhere
+    path = str(Path(run.backbone.path).resolve()) if run.backbone.path else ""
+    sections = {
+        "data": dataclasses.replace(run.data, dir=data_dir),
+        "backbone": dataclasses.replace(run.backbone, path=path),
+        **{section: getattr(run, section) for section in ("attack", "defense", "train")},
+    }
+    return {
         f"--{section}_{name}": value
         for section, content in sections.items()
         for name, value in dataclasses.asdict(content).items()
+        if f"--{section}_{name}" not in _WITHOUT_EFFECT
     }
-    if run.data.name != "folder":  # a set keeps its name where it is moved
-        del settings["--data_dir"]
-    for name in _WITHOUT_EFFECT:
-        del settings[name]
-    images = f"{splits.train.examples} of {splits.image_shape} in {len(splits.labels)} classes"
-    return {**settings, "training images": images, "labels": ", ".join(splits.labels)}
 
 
 def newest_first(folder: Path) -> Iterator[Path]:
@@ -119,14 +136,20 @@ def read_state(path: Path) -> dict[str, Any]:
     return json.loads(tf.train.load_checkpoint(str(path)).get_tensor(_STATE))
 
 
-def check_settings(there: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    """Raise a UsageError that names what differs between the settings of a checkpoint and those of this run."""
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return in words where the settings of a checkpoint are not those of this run.
+
+    A setting that the checkpoint does not know had the default of today.
+    """
+    before = {**_flags_of(config.Run()), **there}
     now = json.loads(json.dumps(now))
-    differing = [name for name in {**there, **now} if there.get(name) != now.get(name)]
-    if differing:
-        named = ", ".join(f"{name} {there.get(name)} there, {now.get(name)} now" for name in differing[:NAMED])
-        named += f", and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
-        raise UsageError(
-            f"{folder} was begun with other settings ({named}): take another --run_dir, "
-            "or pass --train_resume=always to go on all the same, --train_resume=never to begin anew"
-        )
+    return [f"{name} {before.get(name)} there, {now[name]} now" for name in now if before.get(name) != now[name]]
+
+
+def refuse(differing: Sequence[str], folder: Path) -> None:
+    """Raise the UsageError that names what differs."""
+    more = f", and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
+    raise UsageError(
+        f"{folder} was begun with other settings ({'; '.join(differing[:NAMED])}{more}): take another --run_dir, "
+        "or pass --train_resume=always to go on all the same, --train_resume=never to begin anew"
+    )

@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -19,11 +19,12 @@ from kerasdefense.data import Splits
 from kerasdefense.defenses import Defense, Stage, as_kept
 from kerasdefense.files import replacing, write_json
 from kerasdefense.training.averages import ValidateAverages
-from kerasdefense.training.checkpoints import Checkpoints, check_settings, settings_of
+from kerasdefense.training.checkpoints import Checkpoints, differences, refuse, settings_of
 from kerasdefense.training.optimizer import make_optimizer
 from kerasdefense.training.pictures import Pictures
+from kerasdefense.training.randomness import SeedEpochs, use_generators
 from kerasdefense.training.selection import SelectBest
-from kerasdefense.training.strategy import is_chief, make_strategy
+from kerasdefense.training.strategy import check_together, is_chief, make_strategy
 from kerasdefense.types import InputError, UsageError
 
 with warnings.catch_warnings():
@@ -50,6 +51,7 @@ def build(run: config.Run, splits: Splits, stages: Mapping[str, keras.Model] = {
         stages: what the defense's stages have trained, by name.
     """
     keras.utils.set_random_seed(run.train.seed)
+    use_generators()
     backbone = backbones.build(run.backbone, image_shape=splits.image_shape, classes=len(splits.labels))
     if run.train.precision != "float32":
         backbone = backbones.with_precision(backbone, run.train.precision)
@@ -60,7 +62,7 @@ def build(run: config.Run, splits: Splits, stages: Mapping[str, keras.Model] = {
     return defense
 
 
-def train(run: config.Run, splits: Splits, run_dir: Path) -> Trained:
+def train(run: config.Run, splits: Splits, run_dir: Path, *, on_saved: Callable[[], None] = lambda: None) -> Trained:
     """Train the defense of a run, its stages first, and return it at its best epoch.
 
     What is in `run_dir` already is gone on with, according to `run.train.resume`; what is finished is not trained
@@ -70,18 +72,21 @@ def train(run: config.Run, splits: Splits, run_dir: Path) -> Trained:
         run: the run's configuration.
         splits: data to train and validate on.
         run_dir: folder that receives `checkpoints/`, `tensorboard/`, `model.keras` and, last, `history.json`.
+        on_saved: called when a new model is written, before `history.json` says that training is finished.
 
     Raises:
-        UsageError: `run_dir` was begun with other settings.
+        UsageError: settings that contradict each other, or `run_dir` was begun with other ones.
         InputError: none of its checkpoints can be read.
     """
     if run.train.epochs < 1:
         raise UsageError(f"--train_epochs must be at least 1, not {run.train.epochs}")
     if not 1 <= run.train.validate_every <= run.train.epochs:
         raise UsageError("--train_validate_every must be at least 1, and must not exceed --train_epochs")
+    if 0 < run.train.epochs <= run.attack.warmup_epochs:
+        raise UsageError(f"--attack_warmup_epochs={run.attack.warmup_epochs:g} leaves no epoch for the attack")
     strategy = make_strategy(run.train)
     stages = {stage.name: _stage(stage, splits, run_dir, strategy) for stage in defenses.stages(run)}
-    return _train(run, splits, run_dir, strategy, stages)
+    return _train(run, splits, run_dir, strategy, stages, on_saved)
 
 
 def _stage(stage: Stage, splits: Splits, run_dir: Path, strategy: tf.distribute.Strategy) -> keras.Model:
@@ -97,30 +102,57 @@ def _stage(stage: Stage, splits: Splits, run_dir: Path, strategy: tf.distribute.
 
 
 def _train(
-    run: config.Run, splits: Splits, folder: Path, strategy: tf.distribute.Strategy, stages: Mapping[str, keras.Model]
+    run: config.Run,
+    splits: Splits,
+    folder: Path,
+    strategy: tf.distribute.Strategy,
+    stages: Mapping[str, keras.Model],
+    on_saved: Callable[[], None] = lambda: None,
 ) -> Trained:
     """Train one stage, or the defense itself, to its end, and save it."""
-    settings = settings_of(run, splits)
-    finished = _finished(folder, settings, run.train.resume)
+    settings, resume = settings_of(run, splits), run.train.resume
+    finished = _finished(folder, settings, resume)
     if finished:
         print(f"{folder / MODEL} is trained already; --train_resume=never trains it anew", file=sys.stderr)
         return finished
     with tempfile.TemporaryDirectory() as elsewhere:
-        own = folder if is_chief(strategy) else _copy(folder, Path(elsewhere), run.train.resume)
+        own = folder if is_chief(strategy) else _copy(folder, Path(elsewhere), resume)
+        if resume == "never":
+            for outdated in ("checkpoints", "tensorboard"):
+                shutil.rmtree(own / outdated, ignore_errors=True)
         with strategy.scope():
             defense = build(run, splits, stages)
-        select = SelectBest(own / "checkpoints/best", monitor=defense.monitor, guard=run.train.guard)
+        warm = run.attack.warmup_epochs + run.attack.ramp_epochs
+        folder_of_best = own / "checkpoints/best"
+        select = SelectBest(folder_of_best, monitor=defense.monitor, guard=run.train.guard, guard_after=warm)
         checkpoints = Checkpoints(own / "checkpoints/epochs", defense, select, settings)
-        first_epoch = checkpoints.restore(run.train.resume)
-        (own / HISTORY).unlink(missing_ok=True)
-        if first_epoch < run.train.epochs and select.collapsed_epoch is None:
-            if first_epoch:
-                print(f"going on after epoch {first_epoch} of {run.train.epochs}", file=sys.stderr)
-            _fit(run, splits, defense, first_epoch, [select, checkpoints, *_displays(run, splits, own)])
-        else:
-            select.restore_best(defense)
-        _save(defense, select, settings, own, optimizer=run.export.optimizer)
+        first_epoch = checkpoints.restore(whatever_settings=resume == "always")
+        check_together(strategy, first_epoch)
+        _go_on(run, splits, defense, first_epoch, [select, checkpoints, *_displays(run, splits, own)])
+        _save(defense, own, optimizer=run.export.optimizer)
+        if own == folder:
+            on_saved()
+        record = {"monitor": f"val_{select.monitor}", **select.state(), "settings": settings}
+        write_json(own / HISTORY, record)  # says that the rest is whole
     return Trained(defense, select, is_new=True)
+
+
+def _go_on(run: config.Run, splits: Splits, defense: Defense, first_epoch: int, callbacks: list[Any]) -> None:
+    """Train the epochs that are left, if any, and go to the best one."""
+    select, checkpoints = callbacks[:2]
+    is_over = first_epoch >= run.train.epochs
+    if is_over and select.best_epoch is None:
+        raise UsageError(f"--train_epochs={run.train.epochs} leaves nothing to train after epoch {first_epoch}")
+    (checkpoints.folder.parents[1] / HISTORY).unlink(missing_ok=True)
+    if is_over or select.collapsed_epoch is not None:
+        select.restore_best(defense)
+        return
+    if first_epoch:
+        print(f"going on after epoch {first_epoch} of {run.train.epochs}", file=sys.stderr)
+    if run.train.schedule == "constant":  # which an optimizer keeps in a variable, and so in its checkpoints
+        for optimizer, _ in defense.optimizers():
+            optimizer.learning_rate = run.train.learning_rate
+    _fit(run, splits, defense, first_epoch, callbacks)
 
 
 def _copy(folder: Path, elsewhere: Path, resume: str) -> Path:
@@ -144,7 +176,7 @@ def _fit(run: config.Run, splits: Splits, defense: Defense, first_epoch: int, ca
         steps_per_epoch=_steps_per_epoch(run, splits),
         validation_data=splits.validation.batches(batch_size).with_options(by_batches),
         validation_freq=run.train.validate_every,
-        callbacks=[ValidateAverages(), *callbacks],
+        callbacks=[SeedEpochs(run.train.seed), ValidateAverages(), *callbacks],
         verbose=0,
     )
 
@@ -161,25 +193,28 @@ def _steps_per_epoch(run: config.Run, splits: Splits) -> int:
 
 
 def _finished(folder: Path, settings: Mapping[str, Any], resume: str) -> Trained | None:
-    """Return what a folder holds, if it was trained to its end with these settings."""
+    """Return what a folder holds, if it was trained to its end with these settings and can be read."""
     history, model = folder / HISTORY, folder / MODEL
     if resume == "never" or not history.is_file() or not model.is_file():
         return None
-    state = json.loads(history.read_text(encoding="utf-8"))
     try:
-        check_settings(state.get("settings", {}), settings, folder)
-    except UsageError:
-        if resume == "always":
+        state = json.loads(history.read_text(encoding="utf-8"))
+        differing = differences(state["settings"], settings)
+        if differing and resume == "always":
             return None
+        if differing:
+            refuse(differing, folder)
+        defense = keras.models.load_model(model)
+        select = SelectBest(folder, monitor=defense.monitor, guard=False)
+        select.load_state(state)
+    except UsageError:
         raise
-    defense = keras.models.load_model(model)
-    select = SelectBest(folder, monitor=defense.monitor, guard=False)
-    select.load_state(state)
+    except Exception as error:  # json, zipfile, h5py and Keras have a kind each for every way to be damaged
+        print(f"{folder} is not complete ({error!r}); going on from its checkpoints", file=sys.stderr)
+        return None
     return Trained(defense, select, is_new=False)
 
 
-def _save(defense: Defense, select: SelectBest, settings: Mapping[str, Any], folder: Path, *, optimizer: bool) -> None:
-    """Write the model, and then the record that says it is whole."""
+def _save(defense: Defense, folder: Path, *, optimizer: bool) -> None:
     with replacing(folder / MODEL) as temporary:
         as_kept(defense, optimizer=optimizer).save(temporary)
-    write_json(folder / HISTORY, {"monitor": f"val_{select.monitor}", **select.state(), "settings": dict(settings)})

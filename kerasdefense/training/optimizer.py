@@ -17,6 +17,8 @@ with warnings.catch_warnings():
 
 def make_optimizer(train: config.Train, steps: int) -> keras.optimizers.Optimizer:
     """Return the optimizer for a run of `steps` steps."""
+    if train.ema_decay >= 1:
+        raise UsageError(f"--train_ema_decay={train.ema_decay:g} must be below 1, or the average never moves")
     settings: dict[str, Any] = {
         "learning_rate": _learning_rate(train, steps),
         "weight_decay": train.weight_decay or None,
@@ -31,12 +33,12 @@ def make_optimizer(train: config.Train, steps: int) -> keras.optimizers.Optimize
 
 def _learning_rate(train: config.Train, steps: int) -> Any:
     """Return the learning rate, or its schedule over `steps` steps."""
+    shares = _drops(train)
     if train.schedule == "triangular":
         return TriangularCyclicalLearningRate(0.0, train.learning_rate, step_size=max(1, steps // 2))
     if train.schedule == "cosine":
         return keras.optimizers.schedules.CosineDecay(train.learning_rate, steps)
     if train.schedule == "step":
-        shares = _drops(train)
         boundaries = [round(share * steps) for share in shares]
         values = [train.learning_rate * 0.1**number for number in range(len(shares) + 1)]
         return keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, values)

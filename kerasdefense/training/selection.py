@@ -29,13 +29,15 @@ class SelectBest(keras.callbacks.Callback):
             goes on from one of the last three epochs finds the best epoch of that time.
         monitor: validation metric to select by, higher is better.
         guard: whether to stop on a collapse.
+        guard_after: epochs that the guard lets pass, those before the training attack has its whole radius.
     """
 
-    def __init__(self, folder: Path, *, monitor: str, guard: bool) -> None:
+    def __init__(self, folder: Path, *, monitor: str, guard: bool, guard_after: float = 0) -> None:
         super().__init__()
         self.folder = folder
         self.monitor = monitor
         self.guard = guard
+        self.guard_after = guard_after
         self.best = -math.inf
         self.best_epoch: Optional[int] = None
         self.collapsed_epoch: Optional[int] = None
@@ -51,11 +53,12 @@ class SelectBest(keras.callbacks.Callback):
             "epochs": self.history,
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`."""
-        self.best = -math.inf if state["best"] is None else state["best"]
-        self.best_epoch, self.collapsed_epoch = state["best_epoch"], state["collapsed_epoch"]
+    def load_state(self, state: dict[str, Any], *, same_settings: bool = True) -> None:
+        """Go on from `state()`; what was best under other settings does not count."""
         self.history = list(state["epochs"])
+        if same_settings and state["best"] is not None:
+            self.best, self.best_epoch = state["best"], state["best_epoch"]
+            self.collapsed_epoch = state["collapsed_epoch"]
 
     def on_train_begin(self, logs: Optional[dict[str, float]] = None) -> None:
         """Bind the checkpoints to the model."""
@@ -70,7 +73,8 @@ class SelectBest(keras.callbacks.Callback):
         value = logs.get(f"val_{self.monitor}")
         if value is None:  # no validation after this epoch
             return
-        if self.guard and self.monitor == ADVERSARIAL_ACCURACY and self._has_collapsed(value, logs):
+        guarded = self.guard and epoch + 1 > self.guard_after and self.monitor == ADVERSARIAL_ACCURACY
+        if guarded and self._has_collapsed(value, logs):
             self.collapsed_epoch = epoch + 1
             self.model.stop_training = True
         if value > self.best:

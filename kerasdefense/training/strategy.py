@@ -9,7 +9,7 @@ import os
 import tensorflow as tf
 
 from kerasdefense import config
-from kerasdefense.types import UsageError
+from kerasdefense.types import InputError, UsageError
 
 _EXAMPLE = '{"cluster": {"worker": ["host1:12345", "host2:12345"]}, "task": {"type": "worker", "index": 0}}'
 
@@ -65,15 +65,24 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
     return resolver.task_type == "chief" or (not has_chief and resolver.task_id == 0)
 
 
+def check_together(strategy: tf.distribute.Strategy, epoch: int) -> None:
+    """Raise an InputError on every worker unless all of them begin after the same epoch."""
+    if strategy.cluster_resolver is None or strategy.num_replicas_in_sync == 1:
+        return
+    begun = tf.function(lambda: strategy.run(lambda: tf.constant(epoch)))()
+    if int(strategy.reduce(tf.distribute.ReduceOp.SUM, begun, axis=None)) != epoch * strategy.num_replicas_in_sync:
+        raise InputError("the workers do not find the same checkpoints: --run_dir must be a folder that they share")
+
+
 def _check_cluster(text: str) -> None:
     """Raise a UsageError unless TF_CONFIG describes a cluster and names this process as one of its workers."""
     try:
         content = json.loads(text)
         cluster, task = content["cluster"], content["task"]
         kind, number = task["type"], int(task["index"])
-    except (ValueError, KeyError, TypeError) as error:
+        workers = {name: len(hosts) for name, hosts in cluster.items() if name in ("chief", "worker")}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"--train_strategy=multi_worker needs TF_CONFIG as JSON, such as {_EXAMPLE}") from error
-    workers = {name: len(hosts) for name, hosts in cluster.items() if name in ("chief", "worker")}
     if not 0 <= number < workers.get(kind, 0):
         named = ", ".join(f"{name} 0..{count - 1}" for name, count in workers.items()) or "no worker"
         raise UsageError(f"TF_CONFIG says that this is {kind} {number}, but its cluster has {named}")

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from kerasdefense import config
-from kerasdefense.backbones import as_backbone, build, small_cnn
+from kerasdefense.backbones import as_backbone, build, small_cnn, with_precision
 from kerasdefense.types import InputError
 
 layers = keras.layers
@@ -410,3 +410,20 @@ def test_build_refuses_what_is_no_model(write, message, tmp_path):
     with pytest.raises(InputError, match=rf"^--backbone_path={tmp_path}.*: .*{message}") as caught:
         build(config.Backbone(path=str(write(tmp_path))), image_shape=(8, 8, 3), classes=5)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("side", [8, None])
+def test_own_model_computes_in_mixed_precision_but_for_its_logits(tmp_path, side):
+    image = keras.Input((side, side, 1))
+    hidden = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 3, name="convolution")(image))
+    keras.Model(image, keras.layers.Dense(3, activation="softmax")(hidden)).save(tmp_path / "own.keras")
+    own = build(config.Backbone(path=str(tmp_path / "own.keras")), image_shape=(8, 8, 1), classes=3)
+    mixed = with_precision(own, "mixed_bfloat16")
+    layers = {layer.name: layer for layer in mixed.submodules if isinstance(layer, keras.layers.Layer)}
+    assert layers["convolution"].compute_dtype == "bfloat16" and layers["convolution"].variable_dtype == "float32"
+    noise = np.random.default_rng(0).random((4, 8, 8, 1), np.float32)
+    found = mixed(noise)["logits"]
+    assert found.dtype == tf.float32
+    np.testing.assert_allclose(found, own(noise)["logits"], atol=0.05)
+    back = with_precision(mixed, "float32")
+    np.testing.assert_array_equal(back(noise)["logits"], own(noise)["logits"])

@@ -67,6 +67,15 @@ def test_card_says_what_the_run_was():
     assert card["defense"]["deviations"].startswith("BatchNormalization is in inference mode while crafting (the")
 
 
+def test_card_names_deviations_of_weight_perturbation_where_it_is_used():
+    plain, perturbed = (
+        make_card(defense=config.Defense(name="trades", awp_gamma=gamma))["defense"]["deviations"]
+        for gamma in (0, 0.005)
+    )
+    assert plain.startswith("the search starts at a uniform random point")
+    assert perturbed.startswith(f"{plain}; weight perturbation: as in the authors' code, a kernel's norm")
+
+
 def test_card_carries_figures_with_their_own_threat_model():
     assert make_card()["figures"] == {
         "clean_accuracy": RESULTS["clean_accuracy"],

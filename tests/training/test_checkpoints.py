@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 
-from kerasdefense import training
+from kerasdefense import config, training
 from kerasdefense.training import fitting
 from kerasdefense.types import InputError, UsageError
 
@@ -143,11 +143,66 @@ def test_other_settings_are_named_and_refused(run, small_run, digits, uninterrup
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def with_always(run, **train):
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, resume="always", **train))
+
+
 def test_always_goes_on_with_other_settings(run, digits, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted[0], tmp_path / "run")
-    longer = dataclasses.replace(run, train=dataclasses.replace(run.train, epochs=5, resume="always"))
-    trained = training.train(longer, digits, tmp_path / "run")
+    other = with_always(run, epochs=5, learning_rate=1e-9)
+    trained = training.train(other, digits, tmp_path / "run")
     assert [epoch["epoch"] for epoch in trained.selection.history] == [1, 2, 3, 4, 5]
+    assert trained.selection.best_epoch == 5  # what was best under other settings does not count
+
+
+def test_always_takes_another_constant_learning_rate(small_run, digits, tmp_path):
+    first = small_run(epochs=1, steps_per_epoch=2, schedule="constant", learning_rate=0.1)
+    training.train(first, digits, tmp_path)
+    trained = training.train(with_always(first, epochs=2, learning_rate=1e-3), digits, tmp_path)
+    ((optimizer, _),) = trained.defense.optimizers()
+    assert float(optimizer.learning_rate) == pytest.approx(1e-3)
+
+
+def test_always_without_an_epoch_left_changes_nothing(run, digits, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted[0], tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match="leaves nothing to train after epoch 4"):
+        training.train(with_always(run, learning_rate=0.1), digits, tmp_path / "run")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_always_with_another_model_says_that_it_does_not_fit(run, digits, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted[0], tmp_path / "run")
+    wider = dataclasses.replace(with_always(run, epochs=5), backbone=config.Backbone(name="small_cnn", width=8))
+    with pytest.raises(UsageError, match="does not fit a model of these settings"):
+        training.train(wider, digits, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", [training.HISTORY, training.MODEL])
+def test_damaged_end_is_written_again_from_the_checkpoints(name, run, digits, uninterrupted, tmp_path, capsys):
+    shutil.copytree(uninterrupted[0], tmp_path / "run")
+    file = tmp_path / "run" / name
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    trained = training.train(run, digits, tmp_path / "run")
+    assert "is not complete" in capsys.readouterr().err
+    assert_same(variables(trained.defense), uninterrupted[1])
+    assert (tmp_path / "run" / training.HISTORY).read_text() == (uninterrupted[0] / training.HISTORY).read_text()
+
+
+def test_dropout_of_an_own_model_is_resumed_too(run, digits, tmp_path, monkeypatch):
+    image = keras.Input((8, 8, 1))
+    hidden = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(8, 3, activation="relu")(image))
+    keras.Model(image, keras.layers.Dense(10)(keras.layers.Dropout(0.5)(hidden))).save(tmp_path / "own.keras")
+    own = dataclasses.replace(
+        run,
+        backbone=config.Backbone(path=str(tmp_path / "own.keras")),
+        defense=config.Defense(name="standard"),
+        train=dataclasses.replace(run.train, epochs=2),
+    )
+    whole = training.train(own, digits, tmp_path / "whole").defense
+    interrupt(monkeypatch, own, digits, tmp_path / "killed", 12)
+    assert_same(variables(training.train(own, digits, tmp_path / "killed").defense), variables(whole))
 
 
 def test_three_checkpoints_are_kept(uninterrupted):

@@ -46,16 +46,16 @@ def test_averages_are_validated_selected_and_saved(digits, small_run, tmp_path):
     run = small_run(epochs=2, ema_decay=0.9, learning_rate=0.3)
     defense, select, _ = training.train(run, digits, tmp_path)
     ((optimizer, variables),) = defense.optimizers()
-    with defense.averaged():
-        for variable, average in zip(variables, optimizer._model_variables_moving_average):
-            np.testing.assert_array_equal(variable, average)
+    for variable, average in zip(variables, optimizer._model_variables_moving_average, strict=True):
+        np.testing.assert_array_equal(variable, average)  # of the best epoch
     saved = keras.models.load_model(tmp_path / training.MODEL)
     found = saved.evaluate(digits.validation.batches(64), verbose=0, return_dict=True)
     assert found["adversarial_accuracy"] == pytest.approx(select.best, abs=1e-6)
     raw = tf.train.load_checkpoint(str(tmp_path / f"checkpoints/epochs/epoch-{select.best_epoch}"))
     kernel = defense.backbone.get_layer("logits").kernel
-    names = [name for name, shape in raw.get_variable_to_shape_map().items() if shape == list(kernel.shape)]
-    assert all(np.abs(raw.get_tensor(name) - kernel).max() > 0 for name in names if name.startswith("model/backbone"))
+    shapes = raw.get_variable_to_shape_map().items()
+    names = [name for name, shape in shapes if name.startswith("model/backbone") and shape == list(kernel.shape)]
+    assert names and all(np.abs(raw.get_tensor(name) - kernel).max() > 0 for name in names)
 
 
 def test_averaged_puts_raw_weights_back_exactly():
@@ -95,6 +95,19 @@ def test_warm_up_trains_on_clean_images_and_the_radius_then_rises(digits, small_
         defense.step.assign(step)
         moved = np.abs(defense.craft(batch, defense.attack) - batch.image).max()
         assert moved == pytest.approx(share * 0.1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("attack", "train", "message"),
+    [
+        ({"warmup_epochs": 2}, {}, "--attack_warmup_epochs=2 leaves no epoch for the attack"),
+        ({}, {"ema_decay": 1.0}, "--train_ema_decay=1 must be below 1"),
+        ({}, {"drops": "half"}, "--train_drops='half' must be rising shares"),
+    ],
+)
+def test_settings_that_cannot_train_are_refused(digits, small_run, tmp_path, attack, train, message):
+    with pytest.raises(UsageError, match=message):
+        training.train(small_run(attack=attack, **train), digits, tmp_path)
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -160,6 +173,6 @@ def test_xla_trains_alike(name, digits, small_run):
         defense = training.build(run, digits)
         histories.append(defense.fit(tf.data.Dataset.from_tensors(batch), verbose=0).history)
         kernels.append(defense.backbone.get_layer("logits").kernel.numpy())
-    assert histories[0]["cross_entropy_loss"] == pytest.approx(histories[1]["cross_entropy_loss"], rel=1e-2)
+    assert histories[0]["cross_entropy_loss"] == pytest.approx(histories[1]["cross_entropy_loss"], rel=0.05)
     if name == "standard":  # the sign of a gradient near zero turns on rounding
         np.testing.assert_allclose(*kernels, atol=1e-5)

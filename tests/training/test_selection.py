@@ -34,12 +34,12 @@ def pgd_accuracy(defense, split, epsilon):
 class TestSelectBest:
     """Selection on scripted validation values, with a real model and real checkpoints."""
 
-    def fit(self, folder, values, *, guard=True, **more):
+    def fit(self, folder, values, *, guard=True, guard_after=0, **more):
         image = keras.Input([1])
         model = keras.Model(image, keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")(image))
         model.compile("sgd", "mse")
         model.averaged = contextlib.nullcontext
-        select = training.SelectBest(folder, monitor="adversarial_accuracy", guard=guard)
+        select = training.SelectBest(folder, monitor="adversarial_accuracy", guard=guard, guard_after=guard_after)
         select.set_model(model)
         select.on_train_begin()
         model.stop_training = False
@@ -64,6 +64,10 @@ class TestSelectBest:
         select, weight = self.fit(tmp_path, [0.2, 0.5, 0.1, 0.6])
         assert (select.collapsed_epoch, select.best_epoch, weight) == (3, 2, 2.0)
         assert "catastrophic overfitting in epoch 3" in capsys.readouterr().err
+
+    def test_guard_lets_the_warm_up_pass(self, tmp_path):
+        select, _ = self.fit(tmp_path, [0.2, 0.05, 0.3, 0.1], guard_after=2)
+        assert (select.collapsed_epoch, select.best_epoch) == (4, 3)
 
     def test_without_guard_training_goes_on(self, tmp_path):
         select, weight = self.fit(tmp_path, [0.2, 0.5, 0.1, 0.6], guard=False)
