@@ -240,7 +240,7 @@ def test_kill_9_at_three_random_points_is_bit_identical(tmp_path):
         command = [sys.executable, "-m", "kerasdefense.run", *arguments, f"--run_dir={folder}"]
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
-    assert start(tmp_path / "whole").wait() == 0
+    finish(start(tmp_path / "whole"))
     draw = random.Random(time.time_ns())
     for _ in range(3):
         reached = newest(tmp_path / "killed")
@@ -249,12 +249,15 @@ def test_kill_9_at_three_random_points_is_bit_identical(tmp_path):
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 2))
         process.kill()
-        process.wait()
+        process.communicate()
         print("killed after epoch", newest(tmp_path / "killed"), "had been written")
-    last = start(tmp_path / "killed")
-    said = last.communicate()[1]
-    assert last.returncode == 0, said
+    finish(start(tmp_path / "killed"))
     assert_same(*(variables(keras.models.load_model(tmp_path / name / training.MODEL)) for name in ("whole", "killed")))
+
+
+def finish(process):
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
 
 
 def newest(folder):
