@@ -34,9 +34,11 @@ def card(
         image_shape: (height, width, channels) of the images it takes.
         versions: of Python and the packages, by name.
     """
+    perturbed = " with weight perturbation" if run.defense.awp_gamma else ""
+    split = f", open-set split {run.data.open_set_split}" if run.data.open_set_split else ""
     return {
         "schema_version": 1,
-        "name": f"{run.defense.name} on {run.data.name}",
+        "name": f"{run.defense.name}{perturbed} on {run.data.name}{split}",
         "threat_model": {"norm": run.attack.norm, "epsilon": run.attack.epsilon},
         "data": {
             "name": run.data.name,

@@ -67,6 +67,13 @@ def test_card_says_what_the_run_was():
     assert card["defense"]["deviations"].startswith("BatchNormalization is in inference mode while crafting (the")
 
 
+def test_card_is_named_after_method_and_data():
+    assert make_card()["name"] == "standard on digits"
+    defense, data = config.Defense(name="trades", awp_gamma=0.005), config.Data(name="cifar10", open_set_split="0")
+    name = make_card(defense=defense, data=data)["name"]
+    assert name == "trades with weight perturbation on cifar10, open-set split 0"
+
+
 def test_card_names_deviations_of_weight_perturbation_where_it_is_used():
     plain, perturbed = (
         make_card(defense=config.Defense(name="trades", awp_gamma=gamma))["defense"]["deviations"]
