@@ -34,6 +34,8 @@ def build(attack: config.Attack) -> PGD:
     if not issubclass(kind, PGD):
         names = ", ".join(sorted(name for name, each in ATTACKS.items() if issubclass(each, PGD)))
         raise UsageError(f"--attack_name={attack.name} cannot craft training images; use one of: {names}")
+    if attack.objective:
+        look_up(OBJECTIVES, attack.objective, "objective")
     settings = {"norm": attack.norm, "epsilon": attack.epsilon, "keep": "last"}
     if attack.steps:
         settings["steps"] = attack.steps

@@ -128,31 +128,19 @@ def _train(
         checkpoints = Checkpoints(own / "checkpoints/epochs", defense, select, settings)
         first_epoch = checkpoints.restore(whatever_settings=resume == "always")
         check_together(strategy, first_epoch)
-        _go_on(run, splits, defense, first_epoch, [select, checkpoints, *_displays(run, splits, own)])
+        if first_epoch >= run.train.epochs and select.best_epoch is None:
+            raise UsageError(f"--train_epochs={run.train.epochs} leaves nothing to train after epoch {first_epoch}")
+        (own / HISTORY).unlink(missing_ok=True)
+        if first_epoch < run.train.epochs and select.collapsed_epoch is None:
+            _fit(run, splits, defense, first_epoch, [select, checkpoints, *_displays(run, splits, own)])
+        else:
+            select.restore_best(defense)
         _save(defense, own, optimizer=run.export.optimizer)
         if own == folder:
             on_saved()
         record = {"monitor": f"val_{select.monitor}", **select.state(), "settings": settings}
         write_json(own / HISTORY, record)  # says that the rest is whole
     return Trained(defense, select, is_new=True)
-
-
-def _go_on(run: config.Run, splits: Splits, defense: Defense, first_epoch: int, callbacks: list[Any]) -> None:
-    """Train the epochs that are left, if any, and go to the best one."""
-    select, checkpoints = callbacks[:2]
-    is_over = first_epoch >= run.train.epochs
-    if is_over and select.best_epoch is None:
-        raise UsageError(f"--train_epochs={run.train.epochs} leaves nothing to train after epoch {first_epoch}")
-    (checkpoints.folder.parents[1] / HISTORY).unlink(missing_ok=True)
-    if is_over or select.collapsed_epoch is not None:
-        select.restore_best(defense)
-        return
-    if first_epoch:
-        print(f"going on after epoch {first_epoch} of {run.train.epochs}", file=sys.stderr)
-    if run.train.schedule == "constant":  # which an optimizer keeps in a variable, and so in its checkpoints
-        for optimizer, _ in defense.optimizers():
-            optimizer.learning_rate = run.train.learning_rate
-    _fit(run, splits, defense, first_epoch, callbacks)
 
 
 def _copy(folder: Path, elsewhere: Path, resume: str) -> Path:
@@ -163,6 +151,11 @@ def _copy(folder: Path, elsewhere: Path, resume: str) -> Path:
 
 
 def _fit(run: config.Run, splits: Splits, defense: Defense, first_epoch: int, callbacks: list[Any]) -> None:
+    if first_epoch:
+        print(f"going on after epoch {first_epoch} of {run.train.epochs}", file=sys.stderr)
+    if run.train.schedule == "constant":  # which an optimizer keeps in a variable, and so in its checkpoints
+        for optimizer, _ in defense.optimizers():
+            optimizer.learning_rate = run.train.learning_rate
     batch_size, steps = run.train.batch_size, run.train.steps_per_epoch
     by_batches = tf.data.Options()  # over several workers, each takes its part of every batch
     by_batches.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA

@@ -53,7 +53,7 @@ def test_card_says_what_the_run_was():
         backbone=config.Backbone(name="resnet14"),
         train=config.Train(seed=5),
     )
-    assert card["name"] == "pgd_at on cifar10"
+    assert card["name"] == "pgd_at on cifar10, open-set split 2"
     assert card["threat_model"] == {"norm": "l2", "epsilon": 0.5}
     assert card["data"] == {
         "name": "cifar10",
