@@ -13,7 +13,7 @@ if sys.argv[:1] == [
 from kerasdefense.attacks import FGSM, FGSMRS, PGD, AttackResult
 from kerasdefense.backbones import as_backbone
 from kerasdefense.config import Run
-from kerasdefense.defenses import FGSMRSAT, PGDAT, Defense, Standard
+from kerasdefense.defenses import FGSMRSAT, MART, PGDAT, TRADES, Defense, Standard
 from kerasdefense.evaluation import evaluate
 from kerasdefense.training import train
 from kerasdefense.types import InputError, UsageError
@@ -22,8 +22,10 @@ __all__ = [
     "FGSM",
     "FGSMRS",
     "FGSMRSAT",
+    "MART",
     "PGD",
     "PGDAT",
+    "TRADES",
     "AttackResult",
     "Defense",
     "InputError",
