@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kerasdefense import config
 from kerasdefense.attacks import norms, seeds
+from kerasdefense.attacks.apgd import APGD
 from kerasdefense.attacks.base import Attack, AttackResult
 from kerasdefense.attacks.cleverhans import (
     CleverHansCWL2,
@@ -12,19 +13,47 @@ from kerasdefense.attacks.cleverhans import (
     CleverHansPGD,
     CleverHansSPSA,
 )
-from kerasdefense.attacks.objectives import OBJECTIVES, check_logits, hit_target, misclassified, share_pass
+from kerasdefense.attacks.corruptions import CORRUPTIONS
+from kerasdefense.attacks.deepfool import DeepFool
+from kerasdefense.attacks.fab import FAB
+from kerasdefense.attacks.foolbox import FoolboxBoundary, FoolboxDDN, FoolboxHopSkipJump, has_foolbox
+from kerasdefense.attacks.iterative import Iterative
+from kerasdefense.attacks.momentum import BIM, MIFGSM, TIDIM
+from kerasdefense.attacks.noise import RandomNoise
+from kerasdefense.attacks.objectives import (
+    OBJECTIVES,
+    TARGETED,
+    check_logits,
+    hit_target,
+    misclassified,
+    ranked_targets,
+    share_pass,
+)
 from kerasdefense.attacks.pgd import FGSM, FGSMRS, PGD
+from kerasdefense.attacks.spatial import StAdv
+from kerasdefense.attacks.square import Square
 from kerasdefense.types import UsageError, look_up
 
 ATTACKS: dict[str, type[Attack]] = {
+    "apgd": APGD,
+    "bim": BIM,
     "cleverhans_cw_l2": CleverHansCWL2,
     "cleverhans_fgm": CleverHansFGM,
     "cleverhans_mim": CleverHansMIM,
     "cleverhans_pgd": CleverHansPGD,
     "cleverhans_spsa": CleverHansSPSA,
+    "deepfool": DeepFool,
+    "fab": FAB,
     "fgsm": FGSM,
     "fgsm_rs": FGSMRS,
+    "foolbox_boundary": FoolboxBoundary,
+    "foolbox_ddn": FoolboxDDN,
+    "foolbox_hop_skip_jump": FoolboxHopSkipJump,
+    "mi_fgsm": MIFGSM,
+    "noise": RandomNoise,
     "pgd": PGD,
+    "square": Square,
+    "ti_dim": TIDIM,
 }
 
 
@@ -49,18 +78,32 @@ def build(attack: config.Attack) -> PGD:
 
 
 __all__ = [
+    "APGD",
     "ATTACKS",
+    "BIM",
+    "CORRUPTIONS",
+    "FAB",
     "FGSM",
     "FGSMRS",
+    "MIFGSM",
     "OBJECTIVES",
     "PGD",
+    "TARGETED",
+    "TIDIM",
     "Attack",
     "AttackResult",
+    "DeepFool",
+    "Iterative",
+    "RandomNoise",
+    "Square",
+    "StAdv",
     "build",
     "check_logits",
+    "has_foolbox",
     "hit_target",
     "misclassified",
     "norms",
+    "ranked_targets",
     "seeds",
     "share_pass",
 ]

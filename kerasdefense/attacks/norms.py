@@ -7,7 +7,7 @@ import tensorflow as tf
 from kerasdefense.types import UsageError
 
 NORMS = ("linf", "l2")
-_TINY = 1e-12
+_TINY, _HUGE = 1e-12, 1e30
 
 
 def check_norm(norm: str) -> None:
@@ -24,17 +24,23 @@ def length(delta: tf.Tensor, norm: str) -> tf.Tensor:
     return tf.norm(flat, axis=1)
 
 
-def _column(values: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+def column(values: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+    """Return `values` [batch] with as many axes of length 1 behind it as `like` [batch, ...] has."""
     return tf.reshape(values, [-1] + [1] * (like.shape.rank - 1))
 
 
 def direction(gradient: tf.Tensor, norm: str) -> tf.Tensor:
-    """Return the unit step of steepest ascent: the sign (linf) or the gradient over its length (l2)."""
+    """Return the unit step of steepest ascent: the sign (linf) or the gradient over its length (l2).
+
+    Where the gradient is NaN there is no step, so that no search leaves the ball by it.
+    """
+    gradient = tf.where(tf.math.is_nan(gradient), tf.zeros_like(gradient), gradient)
     if norm == "linf":
         return tf.sign(gradient)
     # Scaled first, so that the squares of a confident classifier's tiny gradient do not vanish.
-    scaled = tf.math.divide_no_nan(gradient, _column(length(gradient, "linf"), gradient))
-    return tf.math.divide_no_nan(scaled, _column(length(scaled, norm), scaled))
+    gradient = tf.clip_by_value(gradient, -_HUGE, _HUGE)
+    scaled = tf.math.divide_no_nan(gradient, column(length(gradient, "linf"), gradient))
+    return tf.math.divide_no_nan(scaled, column(length(scaled, norm), scaled))
 
 
 def project(image_adv: tf.Tensor, image: tf.Tensor, *, epsilon: float, norm: str) -> tf.Tensor:
@@ -47,11 +53,11 @@ def project(image_adv: tf.Tensor, image: tf.Tensor, *, epsilon: float, norm: str
         image_adv = tf.clip_by_value(image_adv, image - epsilon, image + epsilon)
     else:
         delta = image_adv - image
-        image_adv = image + delta * _column(tf.minimum(1.0, epsilon / tf.maximum(length(delta, norm), _TINY)), delta)
+        image_adv = image + delta * column(tf.minimum(1.0, epsilon / tf.maximum(length(delta, norm), _TINY)), delta)
     return tf.clip_by_value(image_adv, 0.0, 1.0)
 
 
-def random_point(image: tf.Tensor, *, epsilon: float, norm: str, seed: tf.Tensor) -> tf.Tensor:
+def random_point(image: tf.Tensor, *, epsilon: float, norm: str, seed: tf.Tensor, on_sphere: bool = False) -> tf.Tensor:
     """Return a point drawn uniformly from the ball around each image, clipped to [0, 1].
 
     Args:
@@ -59,6 +65,7 @@ def random_point(image: tf.Tensor, *, epsilon: float, norm: str, seed: tf.Tensor
         epsilon: radius, as a fraction of the [0, 1] range.
         norm: one of NORMS.
         seed: int32 [batch, 2]; an example's draw depends on its own seed only.
+        on_sphere: whether the draw is then scaled to the length `epsilon`, before it is clipped.
 
     Returns:
         float32, the shape of `image`.
@@ -76,4 +83,6 @@ def random_point(image: tf.Tensor, *, epsilon: float, norm: str, seed: tf.Tensor
 
     delta = tf.map_fn(draw, seed, fn_output_signature=tf.float32, parallel_iterations=32)
     delta = tf.ensure_shape(delta, image.shape)
+    if on_sphere:
+        delta = delta / column(tf.maximum(length(delta, norm), _TINY), delta)
     return project(image + epsilon * delta, image, epsilon=epsilon, norm=norm)

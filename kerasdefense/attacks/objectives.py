@@ -42,6 +42,24 @@ def margin(logits_fn: LogitsFn) -> LossFn:
     return loss_fn
 
 
+def dlr(logits_fn: LogitsFn) -> LossFn:
+    """Return the difference of logits ratio of `context["label"]`, which no scale of the logits can flatten."""
+
+    def loss_fn(image: tf.Tensor, context: Context) -> tf.Tensor:
+        return losses.dlr(logits_fn(image), context["label"])
+
+    return loss_fn
+
+
+def targeted_dlr(logits_fn: LogitsFn) -> LossFn:
+    """Return the difference of logits ratio that pulls from `context["label"]` to `context["target"]`."""
+
+    def loss_fn(image: tf.Tensor, context: Context) -> tf.Tensor:
+        return losses.targeted_dlr(logits_fn(image), context["label"], context["target"])
+
+    return loss_fn
+
+
 def kl_divergence(logits_fn: LogitsFn) -> LossFn:
     """Return the divergence of the output from `context["logits"]`, those of the clean image (label-free)."""
 
@@ -51,12 +69,34 @@ def kl_divergence(logits_fn: LogitsFn) -> LossFn:
     return loss_fn
 
 
+def logit_matching(logits_fn: LogitsFn) -> LossFn:
+    """Return minus the mean squared distance of the logits to `context["reference"]`, those of another image."""
+    return matching(logits_fn)
+
+
+def matching(feature_fn: Callable[[tf.Tensor], tf.Tensor]) -> LossFn:
+    """Return minus the mean squared distance of `feature_fn(image)` to `context["reference"]`, both [batch, ...]."""
+
+    def loss_fn(image: tf.Tensor, context: Context) -> tf.Tensor:
+        difference = tf.math.squared_difference(feature_fn(image), context["reference"])
+        return -tf.reduce_mean(tf.reshape(difference, [tf.shape(difference)[0], -1]), axis=1)
+
+    return loss_fn
+
+
 OBJECTIVES: dict[str, Callable[[LogitsFn], LossFn]] = {
     "cross_entropy": cross_entropy,
+    "dlr": dlr,
     "kl_divergence": kl_divergence,
+    "logit_matching": logit_matching,
     "margin": margin,
     "targeted_cross_entropy": targeted_cross_entropy,
+    "targeted_dlr": targeted_dlr,
 }
+
+
+TARGETED = ("logit_matching", "targeted_cross_entropy", "targeted_dlr")
+"""Objectives that need something to go to: `context["target"]`, or `context["reference"]`, the logits to match."""
 
 
 def misclassified(logits_fn: LogitsFn) -> SuccessFn:
@@ -77,6 +117,21 @@ def hit_target(logits_fn: LogitsFn) -> SuccessFn:
     return success_fn
 
 
+def ranked_targets(logits: tf.Tensor, label: tf.Tensor, count: int) -> tf.Tensor:
+    """Return the `count` classes of highest logits other than the label, the likeliest first.
+
+    Args:
+        logits: float [batch, classes], more than `count` classes.
+        label: int [batch].
+        count: at least 1.
+
+    Returns:
+        int32 [batch, count].
+    """
+    is_label = tf.one_hot(label, logits.shape[-1], on_value=True, off_value=False, dtype=tf.bool)
+    return tf.math.top_k(tf.where(is_label, logits.dtype.min, logits), count).indices
+
+
 def share_pass(path: PathFn) -> PathFn:
     """Return `path` with its last result kept, so that a loss and a success function share one pass in a graph.
 
@@ -93,10 +148,11 @@ def share_pass(path: PathFn) -> PathFn:
     return shared_path
 
 
-def check_logits(logits: tf.Tensor) -> None:
+def check_logits(logits: tf.Tensor, *, advice: str = "") -> None:
     """Raise an InputError where a classifier's output (eager, [batch, classes]) is no batch of logits.
 
-    Probabilities flatten every gradient an attack would follow, so an attack on them measures nothing.
+    Probabilities flatten every gradient an attack would follow, so an attack on them measures nothing; `advice` is what
+    else to say to those who have them.
     """
     if not tf.is_tensor(logits):
         raise InputError(f"an attack needs logits of shape [batch, classes >= 2], not a {type(logits).__name__}")
@@ -107,4 +163,5 @@ def check_logits(logits: tf.Tensor) -> None:
     in_range = tf.reduce_all((logits >= -1e-5) & (logits <= 1 + 1e-5))
     sums_to_one = tf.reduce_all(tf.abs(tf.reduce_sum(logits, axis=1) - 1) < 1e-5)
     if bool(in_range & sums_to_one):
-        raise InputError("the classifier returns probabilities; an attack needs logits, the values before the softmax")
+        needed = "an attack needs logits, the values before the softmax"
+        raise InputError(f"the classifier returns probabilities; {needed}{advice}")

@@ -10,37 +10,20 @@ import copy
 import dataclasses
 import functools
 import math
-from typing import NamedTuple, Optional
+from typing import Any, Optional
 
 import keras
 import tensorflow as tf
 
 from kerasdefense.attacks import norms
-from kerasdefense.attacks.base import Attack, AttackResult
+from kerasdefense.attacks.base import AttackResult
+from kerasdefense.attacks.iterative import Iterative, Point, better, nothing_tried
 from kerasdefense.types import Context, LossFn, SuccessFn, UsageError
-
-
-class PGDState(NamedTuple):
-    """Where a search stands: the point to be tried next, and the best of those tried before."""
-
-    image: tf.Tensor
-    best: AttackResult
-
-
-def better(first: AttackResult, second: AttackResult) -> AttackResult:
-    """Return per example the result that succeeded, or of two equals the one of higher loss; add up the queries."""
-    take = tf.where(first.success == second.success, second.loss > first.loss, second.success)
-    return AttackResult(
-        image=tf.where(tf.reshape(take, [-1] + [1] * (first.image.shape.rank - 1)), second.image, first.image),
-        success=first.success | second.success,
-        loss=tf.where(take, second.loss, first.loss),
-        queries=first.queries + second.queries,
-    )
 
 
 @keras.saving.register_keras_serializable(package="kerasdefense")
 @dataclasses.dataclass(frozen=True)
-class PGD(Attack):
+class PGD(Iterative):
     """Projected gradient descent on the negative objective.
 
     1. Start at the image, or at a uniform random point of the ball.
@@ -119,32 +102,26 @@ class PGD(Attack):
         object.__setattr__(scaled, "step_size", self.length * share)
         return scaled
 
-    def restart_seed(self, seed: tf.Tensor, restart: int) -> tf.Tensor:
-        """Return the seeds [batch, 2] of one restart."""
-        return seed + tf.constant([restart, 0], tf.int32)
+    @property
+    def passes(self) -> int:
+        """Steps of one run: a gradient each, and one at the start."""
+        return self.steps + 1
 
-    def start(self, image: tf.Tensor, seed: tf.Tensor) -> PGDState:
+    def start(self, image: tf.Tensor, seed: tf.Tensor) -> Any:
         """Return the state before the first step."""
         start = image
         if self.random_start:
             start = norms.random_point(image, epsilon=self.epsilon, norm=self.norm, seed=seed)
-        batch = tf.shape(image)[0]
-        none_yet = AttackResult(
-            image=image,
-            success=tf.zeros([batch], tf.bool),
-            loss=tf.fill([batch], -float("inf")),
-            queries=tf.zeros([batch], tf.int32),
-        )
-        return PGDState(image=start, best=none_yet)
+        return Point(start, nothing_tried(image))
 
     def step(
         self,
         loss_fn: LossFn,
-        state: PGDState,
+        state: Any,
         image: tf.Tensor,
         context: Context,
         success_fn: Optional[SuccessFn] = None,
-    ) -> PGDState:
+    ) -> Any:
         """Try the state's point and move on along its gradient."""
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(state.image)
@@ -152,13 +129,13 @@ class PGD(Attack):
         gradient = tape.gradient(loss, state.image, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         # Clipped first, or the projection on l2 would shrink every pixel on account of those that the box stops.
         moved = tf.clip_by_value(state.image + self.length * norms.direction(gradient, self.norm), 0.0, 1.0)
-        return PGDState(
+        return Point(
             image=norms.project(moved, image, epsilon=self.epsilon, norm=self.norm),
             best=better(state.best, self._tried(state.image, loss, context, success_fn)),
         )
 
     def finish(
-        self, loss_fn: LossFn, state: PGDState, context: Context, success_fn: Optional[SuccessFn] = None
+        self, loss_fn: LossFn, state: Point, context: Context, success_fn: Optional[SuccessFn] = None
     ) -> AttackResult:
         """Try the last point and return what the search found."""
         last = self._tried(state.image, loss_fn(state.image, context), context, success_fn)

@@ -7,7 +7,7 @@ from typing import Callable
 import keras
 import tensorflow as tf
 
-from kerasdefense.attacks import OBJECTIVES, PGD
+from kerasdefense.attacks import OBJECTIVES, PGD, TARGETED
 from kerasdefense.types import Context, LossFn, UsageError, look_up
 
 FLOAT16_SCALE = 1024.0
@@ -17,7 +17,7 @@ FLOAT16_SCALE = 1024.0
 def check_objective(objective: str, attack: PGD) -> None:
     """Raise a UsageError unless training can craft with `attack` on this key of OBJECTIVES."""
     look_up(OBJECTIVES, objective, "objective")
-    if objective.startswith("targeted"):
+    if objective in TARGETED:
         raise UsageError(f"objective {objective} needs targets; training attacks take an untargeted one")
     if objective == "kl_divergence" and not attack.random_start:
         raise UsageError("objective kl_divergence needs an attack with a random start: its gradient is zero without")

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from kerasdefense.types import UsageError
+
+_TINY = 1e-12
+
 
 def cross_entropy(logits: tf.Tensor, label: tf.Tensor, *, smoothing: float = 0.0) -> tf.Tensor:
     """Return the cross-entropy of the label, `-sum_c q_c log softmax(logits)_c`.
@@ -43,6 +47,56 @@ def margin(logits: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
     lowest = tf.fill(tf.shape(logits), logits.dtype.min)
     other = tf.reduce_max(tf.where(is_label, lowest, logits), axis=-1)
     return other - tf.reduce_max(tf.where(is_label, logits, lowest), axis=-1)
+
+
+def dlr(logits: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
+    """Return the difference of logits ratio, `-(z_label - max_{c != label} z_c) / (z_pi1 - z_pi3 + 1e-12)`.
+
+    `z_pi1 >= z_pi2 >= ...` are the sorted logits. It does not change when logits are shifted or scaled, so that a
+    classifier cannot hide its gradient by confidence.
+
+    Args:
+        logits: float [batch, classes], at least three classes.
+        label: int [batch].
+
+    Returns:
+        float [batch]; in [-1, 0] where classified rightly, at least 0 elsewhere.
+
+    Raises:
+        UsageError: fewer than three classes.
+
+    Source: Croce & Hein 2020 (AutoAttack), section 4.2. Deviations: none.
+    """
+    _check_classes(logits, 3, "dlr")
+    top = tf.math.top_k(logits, 3).values
+    return margin(logits, label) / (top[:, 0] - top[:, 2] + _TINY)
+
+
+def targeted_dlr(logits: tf.Tensor, label: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
+    """Return `-(z_label - z_target) / (z_pi1 - (z_pi3 + z_pi4) / 2 + 1e-12)`, which pulls from label to target.
+
+    Args:
+        logits: float [batch, classes], at least four classes.
+        label: int [batch].
+        target: int [batch], classes other than the label.
+
+    Returns:
+        float [batch]; at least 0 where the target's logit is at least the label's.
+
+    Raises:
+        UsageError: fewer than four classes.
+
+    Source: Croce & Hein 2020 (AutoAttack), section 4.2. Deviations: none.
+    """
+    _check_classes(logits, 4, "targeted_dlr")
+    top = tf.math.top_k(logits, 4).values
+    lead = tf.gather(logits, target, batch_dims=1) - tf.gather(logits, label, batch_dims=1)
+    return lead / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + _TINY)
+
+
+def _check_classes(logits: tf.Tensor, least: int, name: str) -> None:
+    if logits.shape[-1] is not None and logits.shape[-1] < least:
+        raise UsageError(f"{name} needs at least {least} classes, not {logits.shape[-1]}; use margin or cross_entropy")
 
 
 def kl_divergence(reference_logits: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:

@@ -5,40 +5,88 @@ import pytest
 import tensorflow as tf
 
 from kerasdefense import losses
-from kerasdefense.attacks import OBJECTIVES, PGD, check_logits, hit_target, misclassified, seeds, share_pass
+from kerasdefense.attacks import (
+    OBJECTIVES,
+    PGD,
+    TARGETED,
+    check_logits,
+    hit_target,
+    misclassified,
+    ranked_targets,
+    seeds,
+    share_pass,
+)
+from kerasdefense.attacks.objectives import matching
 from kerasdefense.types import InputError
 
-LOGITS = tf.constant([[3.0, 1, 0], [0, 1, 4], [2, 5, 1], [0, 0, 9]])
+LOGITS = tf.constant([[3.0, 1, 0, -1], [0, 1, 4, 2], [2, 5, 1, 0], [0, 0, 9, 1]])
 LABEL = tf.constant([0, 1, 1, 0])
 TARGET = tf.constant([1, 2, 0, 1])
 
 
 def as_image(logits):
-    return tf.reshape(logits, [-1, 1, 1, 3])
+    return tf.reshape(logits, [-1, 1, 1, 4])
 
 
 def logits_fn(image):
-    return tf.reshape(image, [-1, 3])
+    return tf.reshape(image, [-1, 4])
 
 
-CONTEXT = {"label": LABEL, "target": TARGET, "logits": tf.reverse(LOGITS, [0])}
+REFERENCE = tf.reverse(LOGITS, [0])
+CONTEXT = {"label": LABEL, "target": TARGET, "logits": REFERENCE, "reference": REFERENCE}
 
 
 @pytest.mark.parametrize(
     "name, expected",
     [
         ("cross_entropy", losses.cross_entropy(LOGITS, LABEL)),
-        ("kl_divergence", losses.kl_divergence(tf.reverse(LOGITS, [0]), LOGITS)),
+        ("dlr", losses.dlr(LOGITS, LABEL)),
+        ("kl_divergence", losses.kl_divergence(REFERENCE, LOGITS)),
+        ("logit_matching", tf.constant([-23.75, -8.25, -8.25, -23.75])),
         ("margin", tf.constant([-2.0, 3, -3, 9])),
         ("targeted_cross_entropy", tf.gather(tf.nn.log_softmax(LOGITS), TARGET, batch_dims=1)),
+        ("targeted_dlr", losses.targeted_dlr(LOGITS, LABEL, TARGET)),
     ],
 )
 def test_objective_is_its_loss_on_the_context(name, expected):
     np.testing.assert_allclose(OBJECTIVES[name](logits_fn)(as_image(LOGITS), CONTEXT), expected, rtol=1e-6)
 
 
-def test_objectives_are_all_tested():
-    assert set(OBJECTIVES) == {"cross_entropy", "kl_divergence", "margin", "targeted_cross_entropy"}
+def test_objectives_are_all_tested_and_targeted_ones_need_something_to_go_to():
+    untargeted = {"cross_entropy", "dlr", "kl_divergence", "margin"}
+    assert set(OBJECTIVES) == untargeted | set(TARGETED)
+    for name, objective in OBJECTIVES.items():
+        context = {key: CONTEXT[key] for key in ("label", "logits")}
+        if name in TARGETED:
+            with pytest.raises(KeyError, match=r"target|reference"):
+                objective(logits_fn)(as_image(LOGITS), context)
+        else:
+            objective(logits_fn)(as_image(LOGITS), context)
+
+
+def test_matching_compares_features_of_any_shape_with_those_of_another_image():
+    feature_map = tf.random.stateless_normal([4, 2, 3, 5], [0, 0])
+    context = {"reference": tf.reverse(feature_map, [0])}
+    loss = matching(lambda image: feature_map)(tf.zeros([4, 1, 1, 1]), context)
+    np.testing.assert_allclose(loss, -np.mean((feature_map - feature_map[::-1]) ** 2, axis=(1, 2, 3)), rtol=1e-5)
+
+
+# 13 APGD-T: targets
+def test_ranked_targets_are_the_other_classes_likeliest_first():
+    np.testing.assert_array_equal(ranked_targets(LOGITS, LABEL, 1)[:, 0], [1, 2, 0, 2])
+    np.testing.assert_array_equal(ranked_targets(LOGITS, LABEL, 3), [[1, 2, 3], [2, 3, 0], [0, 2, 3], [2, 3, 1]])
+
+
+# 13 APGD-T: targets
+@pytest.mark.parametrize("classes", [2, 5, 10, 12])
+def test_ranked_targets_are_never_the_label_even_at_extreme_logits(classes):
+    logits = 1e30 * tf.random.stateless_normal([50, classes], [0, 0])
+    label = tf.range(50) % classes
+    for count in (1, classes - 1):
+        found = ranked_targets(logits, label, count)
+        assert found.dtype == tf.int32 and found.shape == [50, count]
+        assert not (found == label[:, None]).numpy().any()
+        assert all(len(set(row)) == count for row in found.numpy())
 
 
 def test_misclassified_and_hit_target_by_hand():
@@ -83,7 +131,7 @@ def test_logits_are_accepted(logits):
     "output, message",
     [
         (tf.nn.softmax(LOGITS), "the classifier returns probabilities; an attack needs logits"),
-        (tf.one_hot(LABEL, 3), "the classifier returns probabilities"),
+        (tf.one_hot(LABEL, 4), "the classifier returns probabilities"),
         (tf.constant([[1.0, float("nan")]]), "NaN or infinite logits"),
         (tf.constant([[1.0, float("inf")]]), "NaN or infinite logits"),
         (tf.zeros([4]), r"logits of shape \[batch, classes >= 2\], not \(4,\)"),

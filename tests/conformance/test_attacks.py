@@ -12,27 +12,43 @@ import pytest
 import tensorflow as tf
 
 from kerasdefense import losses
-from kerasdefense.attacks import ATTACKS, OBJECTIVES, misclassified, seeds
+from kerasdefense.attacks import ATTACKS, OBJECTIVES, Iterative, misclassified, norms, seeds
 from kerasdefense.types import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """How to try an attack: the norms it knows, and settings that make it quick."""
+    """How to try an attack: the norms it knows, settings that make it quick, and what it reports as its loss.
+
+    That is an objective, or "distance" where the attack looks for the nearest image that fools, which it reports minus
+    the distance of; where that is outside the ball, the image itself is given back.
+    """
 
     norms: tuple[str, ...] = ("linf", "l2")
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    objective: str = "cross_entropy"
 
 
 CASES = {
+    "apgd": Case(settings={"steps": 4, "restarts": 2}),
+    "bim": Case(settings={"steps": 3}),
     "cleverhans_cw_l2": Case(("l2",), {"steps": 20}),
     "cleverhans_fgm": Case(),
     "cleverhans_mim": Case(settings={"steps": 3}),
     "cleverhans_pgd": Case(settings={"steps": 3}),
     "cleverhans_spsa": Case(("linf",), {"steps": 24}),
+    "deepfool": Case(settings={"steps": 5}, objective="margin"),
+    "fab": Case(settings={"steps": 5}, objective="distance"),
     "fgsm": Case(),
     "fgsm_rs": Case(),
+    "foolbox_boundary": Case(("l2",), {"steps": 60, "step_size": 0.1}),
+    "foolbox_ddn": Case(("l2",), {"steps": 10}),
+    "foolbox_hop_skip_jump": Case(settings={"steps": 3, "directions": 30}),
+    "mi_fgsm": Case(settings={"steps": 3}),
+    "noise": Case(settings={"draws": 15}, objective="margin"),
     "pgd": Case(settings={"steps": 3, "restarts": 2}),
+    "square": Case(settings={"queries": 12}, objective="margin"),
+    "ti_dim": Case(settings={"steps": 3, "kernel": 3}),
 }
 EPSILON = {"linf": 0.1, "l2": 1.0}
 EVERY_NORM = pytest.mark.parametrize("name, norm", [(name, norm) for name in CASES for norm in CASES[name].norms])
@@ -90,7 +106,14 @@ def test_attack_stays_in_ball_and_box(name, norm):
 def test_attack_reports_what_its_image_does(name, norm):
     result = found(name, norm)
     logits = logits_fn(result.image)
-    np.testing.assert_allclose(result.loss, losses.cross_entropy(logits, LABEL), rtol=1e-4, atol=1e-5)
+    if CASES[name].objective == "distance":
+        failed = ~result.success.numpy()
+        np.testing.assert_array_equal(result.image.numpy()[failed], IMAGE[failed])
+        assert (-result.loss.numpy()[failed] > EPSILON[norm]).all()
+        loss = tf.where(failed, result.loss, -norms.length(result.image - IMAGE, norm))
+    else:
+        loss = OBJECTIVES[CASES[name].objective](logits_fn)(result.image, {"label": LABEL})
+    np.testing.assert_allclose(result.loss, loss, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(result.success, np.argmax(logits, axis=1) != LABEL)
     assert result.success.dtype == tf.bool and result.loss.dtype == tf.float32
     assert result.queries.dtype == tf.int32 and result.queries.shape == [BATCH]
@@ -99,8 +122,10 @@ def test_attack_reports_what_its_image_does(name, norm):
 
 @EVERY_NORM
 def test_attack_raises_the_loss(name, norm):
-    clean = np.mean(losses.cross_entropy(logits_fn(IMAGE), LABEL))
-    assert np.mean(found(name, norm).loss) > clean + 0.05
+    clean, attacked = (
+        np.mean(losses.cross_entropy(logits_fn(each), LABEL)) for each in (IMAGE, found(name, norm).image)
+    )
+    assert attacked > clean + 0.05
 
 
 @EVERY_NORM
@@ -121,6 +146,46 @@ def test_attack_repeats_itself_on_tensors_from_equal_seeds_and_keeps_its_input(n
 def test_attack_takes_one_image(name, norm):
     result = call(make(name, norm), IMAGE[:1], LABEL[:1], SEED[:1])
     assert [each.shape[0] for each in result] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "targets" in ATTACKS[name]().get_config()])
+def test_attack_with_targets_goes_to_those_of_the_context(name):
+    attack = make(name, "l2", epsilon=5.0, targets=1)
+    fn = logits_fn if attack.takes == "logits" else OBJECTIVES["targeted_cross_entropy"](logits_fn)
+    for further in (1, 2):
+        target = (LABEL + further) % CLASSES
+        result = attack(fn, IMAGE, {"label": tf.constant(LABEL), "target": tf.constant(target)}, SEED)
+        clean, attacked = (
+            tf.gather(logits, target, batch_dims=1) - tf.gather(logits, LABEL, batch_dims=1)
+            for logits in (logits_fn(IMAGE), logits_fn(result.image))
+        )
+        assert (attacked.numpy() > clean.numpy()).all()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if issubclass(ATTACKS[name], Iterative)])
+def test_attack_in_steps_is_traced_once_for_batches_of_any_size(name):
+    attack, traced = make(name, CASES[name].norms[-1]), []
+    fn = logits_fn if attack.takes == "logits" else OBJECTIVES["cross_entropy"](logits_fn)
+
+    def step(state, image, context):
+        traced.append(name)
+        success_fn = None if attack.takes == "logits" else misclassified(logits_fn)
+        return attack.step(fn, state, image, context, success_fn)
+
+    image, context = tf.constant(IMAGE), {"label": tf.constant(LABEL)}
+    given = (attack.start(image, SEED), image, context)
+    signature = tf.nest.map_structure(lambda each: tf.TensorSpec([None, *each.shape[1:]], each.dtype), given)
+    start = tf.function(attack.start, input_signature=(signature[1], tf.TensorSpec([None, 2], tf.int32)))
+    compiled = tf.function(step, input_signature=signature)
+    state, of_one = start(image, SEED), start(image[1:2], SEED[1:2])
+    eager = given[0]
+    for _ in range(min(attack.passes, 3)):
+        state, eager = compiled(state, image, context), step(eager, image, context)
+        of_one = compiled(of_one, image[1:2], {"label": context["label"][1:2]})
+    assert len(traced) == 1 + min(attack.passes, 3)
+    for found, expected, alone in zip(state.best, eager.best, of_one.best):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(alone, expected[1:2], rtol=1e-4, atol=1e-5)
 
 
 @EVERY_NORM

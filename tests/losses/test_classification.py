@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kerasdefense import losses
+from kerasdefense.types import UsageError
 
 seeds = st.integers(0, 2**32 - 1)
 classes = st.integers(2, 12)
@@ -91,3 +92,92 @@ def test_kl_divergence_of_equal_distributions_is_zero(seed, classes, shift):
 def test_losses_give_one_value_per_example(loss):
     logits, label = draw(0, 5, 1.0)
     assert loss(logits, label).shape == [6]
+
+
+def ratio(logits, label, target=None):
+    """Return the difference of logits ratio in NumPy, untargeted, or targeted at `target`."""
+    logits, rows = np.asarray(logits, np.float64), np.arange(len(label))
+    top = -np.sort(-logits, axis=1)
+    if target is None:
+        others = np.where(np.eye(logits.shape[1], dtype=bool)[label], -np.inf, logits).max(axis=1)
+        return -(logits[rows, label] - others) / (top[:, 0] - top[:, 2] + 1e-12)
+    lead = logits[rows, target] - logits[rows, label]
+    return lead / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+def both(logits, label):
+    """Return the untargeted loss, and the targeted one at the next class."""
+    target = (label + 1) % logits.shape[1]
+    return losses.dlr(logits, label), losses.targeted_dlr(logits, label, target)
+
+
+@given(seeds, st.integers(4, 12), scales)
+def test_dlr_and_targeted_dlr_match_numpy(seed, classes, scale):
+    logits, label = draw(seed, classes, scale)
+    for loss, expected in zip(both(logits, label), (ratio(logits, label), ratio(logits, label, (label + 1) % classes))):
+        assert loss.shape == [6] and loss.dtype == tf.float32
+        np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dlr_by_hand():
+    logits = tf.constant([[5.0, 3, 1, 0], [5, 3, 1, 0], [5, 3, 1, 0]])
+    np.testing.assert_allclose(losses.dlr(logits, np.array([0, 1, 3])), [-0.5, 0.5, 1.25])
+    loss = losses.targeted_dlr(logits, np.array([0, 0, 1]), np.array([1, 3, 0]))
+    np.testing.assert_allclose(loss, np.array([-2, -5, 2]) / 4.5, rtol=1e-6)
+
+
+# 13 losses: invariance
+@given(seeds, st.integers(4, 12), st.sampled_from([0.01, 0.5, 30.0, 1e4]), st.floats(-10, 10))
+def test_dlr_and_targeted_dlr_do_not_change_with_shift_and_scale(seed, classes, scale, shift):
+    logits, label = draw(seed, classes, 3.0)
+    for loss, moved in zip(both(logits, label), both(scale * (logits + shift), label)):
+        np.testing.assert_allclose(moved, loss, rtol=1e-4, atol=1e-4)
+
+
+# 13 losses: ranges
+@given(seeds, st.integers(4, 12), scales)
+def test_signs_of_dlr_and_targeted_dlr_are_correctness_and_lead(seed, classes, scale):
+    logits, label = draw(seed, classes, scale)
+    untargeted, targeted = both(logits, label)
+    right = logits.numpy().argmax(axis=1) == label
+    np.testing.assert_array_equal((untargeted >= -1) & (untargeted <= 0), right)
+    rows = np.arange(6)
+    leads = logits.numpy()[rows, (label + 1) % classes] >= logits.numpy()[rows, label]
+    np.testing.assert_array_equal(targeted >= 0, leads)
+
+
+# 13 losses: the gradient flows through numerator and denominator
+def test_gradients_of_dlr_and_targeted_dlr_match_differences():
+    logits = tf.cast(draw(4, 5, 2.0)[0], tf.float64)
+    label = np.array([0, 1, 2, 3, 4, 0], np.int32)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(logits)
+        found = both(logits, label)
+    for place, loss in enumerate(found):
+        steps = [1e-6 * np.eye(5)[column] for column in range(5)]
+        expected = [(both(logits + step, label)[place] - both(logits - step, label)[place]) / 2e-6 for step in steps]
+        gradient = tape.gradient(loss, logits).numpy()
+        np.testing.assert_allclose(gradient, np.transpose(expected), atol=1e-6)
+        np.testing.assert_allclose(gradient.sum(axis=1), 0, atol=1e-6)
+        np.testing.assert_allclose(np.sum(gradient * logits, axis=1), 0, atol=1e-6)
+
+
+def test_dlr_and_targeted_dlr_of_equal_logits_are_zero_without_nan():
+    logits, label = tf.zeros([6, 5]), np.zeros(6, np.int32)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(logits)
+        found = both(logits, label)
+    for loss in found:
+        np.testing.assert_array_equal(loss, np.zeros(6))
+        assert np.isfinite(tape.gradient(loss, logits)).all()
+
+
+# 13 losses: numbers of classes
+def test_dlr_and_targeted_dlr_refuse_too_few_classes():
+    label = np.zeros(6, np.int32)
+    message = "dlr needs at least 3 classes, not 2; use margin or cross_entropy"
+    with pytest.raises(UsageError, match=f"^{message}"):
+        losses.dlr(draw(0, 2, 1.0)[0], label)
+    with pytest.raises(UsageError, match=r"^targeted_dlr needs at least 4 classes, not 3; use "):
+        losses.targeted_dlr(draw(0, 3, 1.0)[0], label, label + 1)
+    assert np.isfinite(losses.dlr(draw(0, 3, 1.0)[0], label)).all()
