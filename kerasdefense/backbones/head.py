@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import keras
 import tensorflow as tf
 
 from kerasdefense.backbones.blocks import Tensor
+from kerasdefense.layers import Logits
 from kerasdefense.types import InputError
 
 NEEDED = "a backbone needs global pooling and one Dense at its end, with or without a softmax"
@@ -50,6 +51,50 @@ def split(model: keras.Model, names: Names) -> tuple[keras.Model, keras.layers.D
         if source is None or not _keeps_order(layer):
             raise InputError(f"the model ends in layer {layer.name!r} ({type(layer).__name__}); {NEEDED}")
         tensor = source
+
+
+def without_softmax(model: keras.Model, output: Optional[Tensor] = None) -> Optional[keras.Model]:
+    """Return a functional or Sequential classifier without the softmax at its end, made of its own layers.
+
+    The softmax may be a layer, an activation or that of a Dense, in `model` or at the end of a model nested in it.
+
+    Args:
+        model: built classifier.
+        output: the one of its outputs that is meant; None = it has one.
+
+    Returns:
+        The model from the inputs of `model` to the values that enter the softmax; None where it ends otherwise.
+    """
+    if output is None and not (model.outputs and len(model.outputs) == 1):
+        return None
+    tensor = model.outputs[0] if output is None else output
+    if not keras.backend.is_keras_tensor(tensor):
+        return None
+    logits = _before_softmax(tensor)
+    return None if logits is None else keras.Model(model.inputs, logits, name=model.name)
+
+
+def _before_softmax(tensor: Tensor) -> Optional[Tensor]:
+    node, layer, source = _step_back(tensor)
+    if source is None:
+        return None
+    if isinstance(layer, keras.Model):
+        inner = without_softmax(layer)
+        return None if inner is None else _call(node, inner, source)
+    if isinstance(layer, keras.layers.Softmax):
+        return source if layer.axis in (-1, source.shape.rank - 1) else None
+    activation = getattr(layer, "activation", None)
+    if isinstance(layer, keras.layers.Activation):
+        if activation is keras.activations.linear:  # it only changes the data type
+            return _before_softmax(source)
+        return source if _is_softmax(activation) else None
+    if type(layer) is keras.layers.Dense and source.shape.rank == 2 and _is_softmax(activation):
+        return Logits(layer, dtype=layer.variable_dtype, name=f"{layer.name}_without_softmax")(source)
+    return None
+
+
+def _is_softmax(activation: Any) -> bool:
+    return activation in (keras.activations.softmax, tf.nn.softmax)
 
 
 def _features(embedding: Tensor, names: Names, passed: list[Node]) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
 
 import keras
 from keras.src.saving.serialization_lib import SafeModeScope
@@ -69,7 +69,7 @@ def load(backbone: config.Backbone, *, image_shape: ImageShape, classes: int) ->
     flag = f"--backbone_path={backbone.path}"
     try:
         model = as_backbone(
-            _read(backbone.path), pooling_layer=backbone.pooling_layer, logits_layer=backbone.logits_layer
+            read(backbone.path), pooling_layer=backbone.pooling_layer, logits_layer=backbone.logits_layer
         )
     except InputError as error:
         raise InputError(f"{flag}: {error}") from error
@@ -85,8 +85,14 @@ def load(backbone: config.Backbone, *, image_shape: ImageShape, classes: int) ->
     return keras.Model(image, model(image), name=model.name)
 
 
-def _read(path: str) -> keras.Model:
-    """Return the Keras model in a file or folder, uncompiled."""
+def read(path: Union[str, Path]) -> keras.Model:
+    """Return the Keras model in a file or folder (.keras, .h5, SavedModel), uncompiled.
+
+    Python code in the file is not run; custom layers must be registered with Keras.
+
+    Raises:
+        InputError: if there is none, or Keras cannot load it.
+    """
     file = Path(path).expanduser()
     if not file.exists():
         raise InputError("no such file or folder")

@@ -24,7 +24,12 @@ from kerasdefense.evaluation.report import accuracy_interval
 from kerasdefense.types import InputError, UsageError
 
 RESAMPLES = 9999
-_COLUMNS = {"clean": "clean_accuracy", "PGD-20": "pgd20_accuracy", "worst": "robust_accuracy"}
+_COLUMNS = {
+    "clean": "clean_accuracy",
+    "PGD-20": "pgd20_accuracy",
+    "APGD-CE": "apgd_ce_accuracy",
+    "worst": "robust_accuracy",
+}
 _DIFFERENCES = {"Δ clean": "clean_difference", "Δ worst": "robust_difference"}
 
 
@@ -205,7 +210,7 @@ def _caption(comparison: Comparison) -> str:
     split = "" if setting["open_set_split"] == "none" else f", open-set split {setting['open_set_split']}"
     sizes = _listed(f"{len(run.index):,}" for run in runs)
     attack_seeds = _listed(run.attack_seed for run in runs)
-    training_seeds = _listed(run.training_seed for run in runs)
+    training_seeds = _listed("unknown" if run.training_seed is None else run.training_seed for run in runs)
     return (
         f"{setting['data_set']}{split}; {setting['threat_model']}; suite {setting['suite']}; n = {sizes}; "
         f"attack seed {attack_seeds}, training seed {training_seeds} (what other training seeds would change is in no "

@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from kerasdefense.evaluation.report import radius
+from kerasdefense.evaluation.report import check_results, radius
 from kerasdefense.types import InputError
 
 _ADVICE = "evaluate it first with --mode=evaluate (and publish a published model again)"
@@ -36,7 +36,7 @@ class Outcomes:
     setting: Mapping[str, str]
     note: str
     attack_seed: int
-    training_seed: int
+    training_seed: Optional[int]
     attack_budget: Optional[int]
 
 
@@ -56,13 +56,14 @@ def read_outcomes(folder: Path) -> Outcomes:
         threat = results["threat_model"] if is_card else attacks[0]["threat_model"]
         facts, claims = _facts(results, threat), _claims(results)
         names = [attack["name"] for attack in attacks]
-        columns = [f"{attack['name']}:{attack['path']}" for attack in attacks]
+        columns = [_column(attack["name"], attack["path"]) for attack in attacks]
     with _reading(stored):
         arrays = _arrays(stored)
         clean, survived = arrays["clean"], arrays["survived"]
         robust = clean & survived.all(axis=1)
         found = [len(clean), clean.mean(), robust.mean(), *survived.mean(axis=0)]
-        if arrays["attacks"].tolist() != columns or not np.allclose(found, claims, rtol=0, atol=1e-6):
+        stored_columns = [each.removesuffix(":exact") for each in arrays["attacks"].tolist()]
+        if stored_columns != columns or not np.allclose(found, claims, rtol=0, atol=1e-6):
             raise ValueError(f"other images, attacks or accuracies than in {described}")
     place = folder.resolve()
     return Outcomes(
@@ -75,6 +76,23 @@ def read_outcomes(folder: Path) -> Outcomes:
         robust=robust,
         **facts,
     )
+
+
+def read_results(run_dir: Path) -> dict[str, Any]:
+    """Return results.json of a run directory, checked.
+
+    Raises:
+        InputError: it is missing, damaged or does not follow its schema.
+    """
+    path = run_dir / "evaluation/results.json"
+    with _reading(path):
+        results = json.loads(path.read_text(encoding="utf-8"))
+    check_results(results)
+    return results
+
+
+def _column(attack: str, path: str) -> str:
+    return attack if path == "exact" else f"{attack}:{path}"
 
 
 @contextlib.contextmanager
@@ -104,7 +122,7 @@ def _facts(results: Mapping[str, Any], threat: Mapping[str, Any]) -> dict[str, A
         "setting": setting,
         "note": " ".join(results["note"].split()),
         "attack_seed": int(results["seed"]),
-        "training_seed": int(results["config"]["train"]["seed"]),
+        "training_seed": results["config"].get("train", {}).get("seed"),
         "attack_budget": None if budget is None else int(budget),
     }
 

@@ -12,6 +12,7 @@ import numpy as np
 from rich.table import Table
 from scipy import stats
 
+from kerasdefense.evaluation.suites import SUITES
 from kerasdefense.files import check_schema
 
 _SCHEMA = Path(__file__).with_name("results.schema.json")
@@ -25,11 +26,18 @@ _PACKAGES = (
     "numpy",
 )
 AUTOATTACK_IMAGES = 1000
+PROTOCOL = (
+    "the model draws at random, so AutoAttack rand, PGD over mean losses and Square over mean scores stand in for it"
+)
 
 
 def accuracy_interval(right: np.ndarray) -> dict[str, Any]:
     """Return the share of true values [n] as `{value, n, ci95}`, the last being Wilson's 95 % interval."""
-    count, total = int(np.sum(right)), len(right)
+    return wilson(int(np.sum(right)), len(right))
+
+
+def wilson(count: int, total: int) -> dict[str, Any]:
+    """Return a share as `{value, n, ci95}`, the last being Wilson's 95 % interval."""
     interval = stats.binomtest(count, total).proportion_ci(0.95, method="wilson")
     return {"value": count / total, "n": total, "ci95": [float(interval.low), float(interval.high)]}
 
@@ -66,24 +74,76 @@ def radius(epsilon: float) -> str:
 
 
 def table(results: Mapping[str, Any], title: str) -> Table:
-    """Return the results as one readable table: clean, each attack alone, and what survives all of them."""
+    """Return the results as one readable table: clean, each attack, and what survives all of them."""
     robust, clean = results["robust_accuracy"], results["clean_accuracy"]
-    threat = results["attacks"][0]["threat_model"]
+    threat = results["threat_model"]
     caption = f"{threat['norm']} ball of radius {radius(threat['epsilon'])}, n = {clean['n']}, seed {results['seed']}. "
     shown = Table(title=title, caption=caption + results["note"], caption_justify="left", title_justify="left")
-    for heading in ("images", "accuracy", "95 % interval", "seconds"):
+    for heading in ("images", "accuracy", "95 % interval", "attacked", "seconds"):
         shown.add_column(heading, justify="left" if heading == "images" else "right")
-    shown.add_row("clean", _percent(clean["value"]), _interval(clean), "")
+    shown.add_row("clean", _percent(clean["value"]), _interval(clean), "", "")
     for attack in results["attacks"]:
         path = "" if attack["path"] == "exact" else f" via {attack['path']}"
-        cells = (_percent(attack["accuracy"]), _interval(attack), f"{attack['seconds']:.1f}")
-        shown.add_row(f"after {attack['name']}{path}", *cells)
+        left = wilson(round(attack["cascaded_accuracy"] * clean["n"]), clean["n"])
+        left = left if results["cascade"] else attack["own_accuracy"]
+        cells = (_percent(left["value"]), _interval(left), f"{attack['attacked']:,}", f"{attack['seconds']:.1f}")
+        shown.add_row(f"{'and ' if results['cascade'] else ''}after {attack['name']}{path}", *cells)
     shown.add_section()
-    shown.add_row("robust: after the worst of all", _percent(robust["value"]), _interval(robust), "", style="bold")
+    bound = "" if results["complete"] else "at most "
+    cells = (bound + _percent(robust["value"]), _interval(robust), "", "")
+    shown.add_row("robust: worst of all", *cells, style="bold")
     return shown
 
 
-def note(suite: str, examples: int) -> str:
+def sanity_lines(results: Mapping[str, Any]) -> list[str]:
+    """Return what to print of the sanity battery beside the headline: one line, and one per failed item."""
+    items = results["sanity"]
+    if not items:
+        return ["sanity battery: not run"]
+    by_status = {status: [each for each in items if each["status"] == status] for status in ("pass", "fail", "not_run")}
+    not_run = ", ".join(item["id"] for item in by_status["not_run"])
+    lines = [
+        f"sanity battery: {len(by_status['pass'])} passed, {len(by_status['fail'])} failed"
+        + (f", not run: {not_run}" if not_run else "")
+        + ("" if results["trusted"] else " - NOT TO BE TRUSTED")
+    ]
+    for item in by_status["fail"]:
+        measured = f"{item['value']:.4g}, must be {relation(item)} {item['threshold']:.4g}"
+        gates = "" if item["gates"] else " (reported only)"
+        lines.append(f"  {item['id']} failed{gates}: {item['asks']}: {measured}. {item['detail']}".rstrip())
+    return lines
+
+
+def unseen_lines(results: Mapping[str, Any]) -> list[str]:
+    """Return what to print of images outside the ball, nothing where they were not measured."""
+    if not results["unseen"]:
+        return []
+    found = results["unseen"]
+    st_adv, n = found["st_adv"]["value"], found["st_adv"]["n"]
+    corrupted = f"corrupted images {_percent(found['mean_corrupted'])} on average, after StAdv {_percent(st_adv)}"
+    return [f"outside the ball (n = {n}, not part of the robust accuracy): {corrupted}"]
+
+
+def relation(item: Mapping[str, Any]) -> str:
+    """Return how the value of a sanity item must stand to its threshold."""
+    return "at least" if item["id"] == "S16" else "at most"
+
+
+def note(results: Mapping[str, Any], suite: str) -> str:
     """Return what a reader must know of the figures: how strong the attacks were, and how many images there are."""
-    words = f"Suite {suite}: not an AutoAttack result, true robustness is at most this."
-    return f"Preliminary, fewer than {AUTOATTACK_IMAGES} images. {words}" if examples < AUTOATTACK_IMAGES else words
+    by_protocol = bool(results["flags"]["randomised"]) and suite != "quick"
+    words = [f"Suite {suite}: {PROTOCOL if by_protocol else SUITES[suite].words}."]
+    words += [
+        f"{attack['name']} stands in for {attack['replaces']}." for attack in results["attacks"] if attack["replaces"]
+    ]
+    if results["clean_accuracy"]["n"] < AUTOATTACK_IMAGES:
+        words.insert(0, f"Preliminary, fewer than {AUTOATTACK_IMAGES} images.")
+    if not results["complete"]:
+        words.insert(0, "Upper bound: the time was up before all attacks were through.")
+    skipped = results["flags"].get("skipped")
+    if skipped:
+        words.append(f"No surrogate was given, so {' and '.join(skipped)} did not run.")
+    failed = [item["id"] for item in results["sanity"] if item["gates"] and item["status"] == "fail"]
+    if failed:
+        words.insert(0, f"Not to be trusted: {', '.join(failed)} of the sanity battery failed.")
+    return " ".join(words)

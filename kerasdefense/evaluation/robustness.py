@@ -1,130 +1,207 @@
 """Robust accuracy: the share of images that no attack on any path moves to another class.
 
-Images stream through in chunks of one fixed size, so memory does not grow with their number. Every candidate image is
-scored again through the path `exact`, whichever path it was found on; an image counts as robust when it is right
-clean and after every attack.
+Images stream through in blocks, so memory does not grow with their number. Every candidate image is scored again
+through the path `exact`, whichever path it was found on; an image counts as robust when it is right clean and after
+every attack.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
-from kerasdefense.evaluation.outcomes import OutcomeWriter
-from kerasdefense.evaluation.report import accuracy_interval
-from kerasdefense.evaluation.search import Chunk, ExactPath, Search
+from kerasdefense.evaluation.block import Block
+from kerasdefense.evaluation.journal import Arrays, Journal
+from kerasdefense.evaluation.outcomes import Outcomes, collect, write_outcomes
+from kerasdefense.evaluation.search import FRESH_DRAWS, Chunk, ExactPath, Search
 from kerasdefense.evaluation.suites import PlannedAttack
 from kerasdefense.types import InputError, PathFn, UsageError
 
+SURROGATE = "surrogate:"
+"""What the names of paths begin with that are not the model's own."""
+_BLOCK, _BLOCK_BYTES = 1024, 1 << 28
 
-def evaluate(
-    attack_paths: Mapping[str, PathFn],
-    batches: tf.data.Dataset,
-    suite: Sequence[PlannedAttack],
-    *,
-    examples: int = 0,
-    chunk_size: int = 256,
-    seed: int = 0,
-    progress: bool = False,
-    save: Optional[Path] = None,
-) -> dict[str, Any]:
-    """Measure clean and robust accuracy.
 
-    Args:
-        attack_paths: `{name: fn(image, seed) -> logits}`, with `exact` among the names.
-        batches: dataset of dicts with image float32 [n, h, w, c] in [0, 1], label int32 [n] and index int32 [n].
-        suite: attacks to run on every path, all of one norm and radius.
-        examples: how many images to take from the start of `batches`; 0 = all.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How images are attacked.
+
+    Attributes:
+        examples: how many images to take from the start; 0 = all.
         chunk_size: images attacked at once.
         seed: seed of the attacks.
+        cascade: whether an attack only meets images that stand after those before it.
+        is_randomised: whether the model draws at random, so that its answer is taken from several draws.
+        minutes: after which to stop, with what stands then as an upper bound; 0 = never.
         progress: whether to show a progress bar.
-        save: .npz file that receives, per example, the worst image found and every outcome.
+        journal: folder for what an evaluation needs to go on after it was stopped; None = it cannot.
+        model: what tells the model from others, a digest for instance.
+        snapshot_seconds: how often the journal is written while an attack runs.
+    """
 
-    Returns:
-        `clean_accuracy` and `robust_accuracy` as `{value, n, ci95}`, and `attacks`, one entry per attack and path with
-        the accuracy it leaves alone (`accuracy`) and with all before it (`cascaded_accuracy`).
+    examples: int = 0
+    chunk_size: int = 256
+    seed: int = 0
+    cascade: bool = False
+    is_randomised: bool = False
+    minutes: float = 0.0
+    progress: bool = False
+    journal: Optional[Path] = None
+    model: str = ""
+    snapshot_seconds: float = 30.0
+
+
+class Measured(NamedTuple):
+    """Who survived which search, whether all came to their end, and the journal that holds the images."""
+
+    outcomes: Outcomes
+    searches: tuple[Search, ...]
+    cascade: bool
+    complete: bool
+    journal: Journal
+
+
+class _Expired(Exception):  # noqa: N818 - nothing went wrong
+    """The time is up."""
+
+
+def measure(
+    attack_paths: Mapping[str, PathFn],
+    dataset: tf.data.Dataset,
+    suite: Sequence[PlannedAttack],
+    options: Options,
+    *,
+    save: Optional[Path] = None,
+) -> Measured:
+    """Run every attack of a suite on every path and return who survived.
+
+    Args:
+        attack_paths: `{name: fn(image, seed) -> logits}`, with `exact` among the names; those of surrogates begin with
+            `surrogate:` and are met by attacks that transfer, the others by those that do not.
+        dataset: batches of dicts with image float32 [n, h, w, c] in [0, 1], label int32 [n] and index int32 [n].
+        suite: the attacks.
+        options: how they are run.
+        save: .npz file that receives, per example, the worst image found and every outcome; needs a journal.
 
     Raises:
-        InputError: no images, images outside [0, 1] or not finite, labels out of range, or outputs that are no logits.
-        UsageError: no path `exact`, an empty suite, or an illegal chunk size.
+        InputError: no images, images outside [0, 1] or not finite, labels out of range, outputs that are no logits, or
+            a journal of another evaluation.
     """
-    if not suite:
-        raise UsageError("an evaluation needs at least one attack; give it a suite")
-    if "exact" not in attack_paths:
-        raise UsageError(
-            f"an evaluation needs the path 'exact', the whole defended path; given: {sorted(attack_paths)}"
-        )
-    if chunk_size < 1 or examples < 0:
-        raise UsageError(f"chunk_size must be at least 1 and examples at least 0, not {chunk_size} and {examples}")
-    exact = ExactPath(attack_paths["exact"], seed=seed, chunk_size=chunk_size)
-    searches = [
-        Search(planned, name, path, stream=number, seed=seed, chunk_size=chunk_size)
-        for number, (planned, name, path) in enumerate(
-            (planned, name, path) for planned in suite for name, path in attack_paths.items()
-        )
+    draws = FRESH_DRAWS if options.is_randomised else 1
+    exact = ExactPath(attack_paths["exact"], seed=options.seed, chunk_size=options.chunk_size, draws=draws)
+    planned = [(each, name) for each in suite for name in attack_paths if each.transfer == name.startswith(SURROGATE)]
+    searches = tuple(
+        Search(each, name, attack_paths[name], stream=stream, seed=options.seed, chunk_size=options.chunk_size)
+        for stream, (each, name) in enumerate(planned)
+    )
+    if not searches:
+        raise UsageError("an evaluation needs at least one attack; transfer attacks need a surrogate")
+    journal = Journal(options.journal, _settings(searches, options), seconds=options.snapshot_seconds)
+    unfinished = _Run(exact, searches, options, journal).all_blocks(dataset)
+    rest = [] if unfinished is None else [unfinished]
+    outcomes = collect(itertools.chain(journal.blocks(), rest))
+    if save is not None:
+        images = (block["image_adv"] for block in itertools.chain(journal.blocks(), rest))
+        write_outcomes(save, [each.name for each in searches], outcomes, images)
+    return Measured(outcomes, searches, options.cascade, unfinished is None, journal)
+
+
+def _settings(searches: Sequence[Search], options: Options) -> dict[str, Any]:
+    """Return what the outcomes depend on besides the data."""
+    attacks = [
+        [each.name, type(each.attack).__name__, each.attack.get_config(), *each.planned[2:5]] for each in searches
     ]
-    writer = OutcomeWriter([f"{search.name}:{search.path_name}" for search in searches], save)
-    bar = tqdm(total=examples or None, unit="image", disable=not progress, desc="attacks", leave=False)
-    classes = 0
-    with writer, bar:
-        for chunk in _chunks(batches, chunk_size, examples):
-            _check_images(chunk)
-            classes = classes or exact.classes(chunk)
+    kept = ("examples", "chunk_size", "seed", "cascade", "is_randomised")
+    settings = {name: getattr(options, name) for name in kept}
+    return {"model": options.model, "suite": attacks, **settings, "tensorflow": tf.__version__}
+
+
+class _Run:
+    """Blocks of images, one after the other, through all searches."""
+
+    def __init__(self, exact: ExactPath, searches: Sequence[Search], options: Options, journal: Journal) -> None:
+        self.exact = exact
+        self.searches = searches
+        self.options = options
+        self.journal = journal
+        self.deadline = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+
+    def all_blocks(self, dataset: tf.data.Dataset) -> Optional[Arrays]:
+        """Attack all blocks, from where the journal stands; return the one at work if the time is up before the end."""
+        known = [str(block["digest"]) for block in self.journal.blocks()]
+        current, classes, seen = self.journal.current(), 0, 0
+        for number, chunk in enumerate(_blocks(dataset, self.options)):
+            if number < len(known):
+                _check_same(known[number], chunk)
+                seen += len(chunk.label)
+                continue
+            classes = classes or self.exact.check(chunk)
             _check_labels(chunk, classes)
-            _attack(chunk, exact, searches, writer)
-            bar.update(len(chunk.label))
-            bar.set_postfix(clean=f"{writer.clean.mean():.3f}", robust=f"{writer.robust.mean():.3f}")
-        if not writer.examples:
+            block = Block(chunk, self.exact, self.searches, first=seen, cascade=self.options.cascade)
+            # One that was killed after its block was stored, and before it was removed, is of an earlier block.
+            if current is not None and int(current["first"]) == seen:
+                _check_same(str(current["digest"]), chunk)
+                block.from_arrays(current)
+            current = None
+            try:
+                block.attack(functools.partial(self._watch, block), progress=self.options.progress)
+            except _Expired:
+                self._store(block)
+                return block.outcome()
+            self.journal.finish_block({**block.outcome(), "digest": np.array(_digest(chunk))})
+            seen += len(chunk.label)
+        if not seen:
             raise InputError("there are no test images to evaluate on")
-    return _summary(searches, writer)
+        return None
+
+    def _watch(self, block: Block) -> None:
+        if time.monotonic() >= self.deadline:
+            raise _Expired
+        if self.journal.is_due:
+            self._store(block)
+
+    def _store(self, block: Block) -> None:
+        what = {"digest": np.array(_digest(block.chunk)), "first": np.array(block.first)}
+        self.journal.write_current({**block.to_arrays(), **what})
 
 
-def _attack(chunk: Chunk, exact: ExactPath, searches: Sequence[Search], writer: OutcomeWriter) -> None:
-    """Run every search on the rightly classified images of a chunk and record the outcomes."""
-    clean = exact.is_right(chunk)
-    worst, standing = chunk.image.copy(), clean.copy()
-    survived = []
-    for search in searches:
-        started = time.perf_counter()
-        alone = clean.copy()
-        for restart in range(search.attack.restarts):
-            rows = np.flatnonzero(alone)
-            if not rows.size:
-                break
-            found = search.candidates(chunk.rows(rows), restart)
-            worst[rows] = np.where(standing[rows, None, None, None], found, worst[rows])
-            alone[rows] = exact.is_right(dataclasses.replace(chunk.rows(rows), image=found))
-            standing &= alone
-        search.seconds += time.perf_counter() - started
-        survived.append(alone)
-    writer.add(chunk.index, chunk.label, worst, clean=clean, survived=np.stack(survived, axis=1))
+def _blocks(dataset: tf.data.Dataset, options: Options) -> Iterator[Chunk]:
+    """Yield the examples of a dataset, checked, in blocks as large as memory allows."""
+    elements = dataset.unbatch()
+    elements = elements.take(options.examples) if options.examples else elements
+    image_bytes = max((each["image"].nbytes for each in elements.take(1).as_numpy_iterator()), default=1)
+    size = max(options.chunk_size, min(_BLOCK, _BLOCK_BYTES // image_bytes))
+    for batch in elements.batch(size).as_numpy_iterator():
+        yield checked(batch)
 
 
-def _chunks(batches: tf.data.Dataset, chunk_size: int, examples: int) -> Iterator[Chunk]:
-    """Yield the first `examples` elements of a batched dataset in chunks of `chunk_size`."""
-    elements = batches.unbatch()
-    elements = elements.take(examples) if examples else elements
-    for batch in elements.batch(chunk_size).prefetch(1).as_numpy_iterator():
-        yield Chunk(
-            batch["image"].astype(np.float32),
-            batch["label"].astype(np.int32),
-            batch["index"].astype(np.int32),
-        )
-
-
-def _check_images(chunk: Chunk) -> None:
+def checked(batch: Mapping[str, np.ndarray]) -> Chunk:
+    """Return a batch as a chunk, or raise an InputError that names an image outside [0, 1]."""
+    chunk = Chunk(batch["image"].astype(np.float32), batch["label"].astype(np.int32), batch["index"].astype(np.int32))
     flat = chunk.image.reshape(len(chunk.label), -1)
     bad = ~((flat >= 0) & (flat <= 1)).all(axis=1)
     if bad.any():
         where = chunk.index[bad][0]
         raise InputError(f"test image {where} has pixels that are NaN or outside [0, 1]; scale images to [0, 1]")
+    return chunk
+
+
+def _digest(chunk: Chunk) -> str:
+    return hashlib.sha256(chunk.image.tobytes() + chunk.label.tobytes() + chunk.index.tobytes()).hexdigest()
+
+
+def _check_same(digest: str, chunk: Chunk) -> None:
+    if digest != _digest(chunk):
+        raise InputError("the evaluation that was begun saw other images; --evaluate_resume=never begins anew")
 
 
 def _check_labels(chunk: Chunk, classes: int) -> None:
@@ -132,30 +209,3 @@ def _check_labels(chunk: Chunk, classes: int) -> None:
     if bad.any():
         where, label = chunk.index[bad][0], chunk.label[bad][0]
         raise InputError(f"test image {where} has label {label}, but the model has classes 0 to {classes - 1}")
-
-
-def _summary(searches: Sequence[Search], writer: OutcomeWriter) -> dict[str, Any]:
-    attacks = []
-    cascade = writer.clean.copy()
-    for column, search in enumerate(searches):
-        survived = writer.survived[:, column]
-        cascade &= survived
-        attack = search.attack
-        attacks.append(
-            {
-                "name": search.name,
-                "path": search.path_name,
-                "objective": search.objective,
-                "threat_model": {"norm": attack.norm, "epsilon": attack.epsilon},
-                "accuracy": float(survived.mean()),
-                "ci95": accuracy_interval(survived)["ci95"],
-                "cascaded_accuracy": float(cascade.mean()),
-                "seconds": round(search.seconds, 3),
-                "settings": attack.get_config(),
-            }
-        )
-    return {
-        "clean_accuracy": accuracy_interval(writer.clean),
-        "robust_accuracy": accuracy_interval(writer.robust),
-        "attacks": attacks,
-    }

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Callable, Optional
 
 import numpy as np
 import tensorflow as tf
 
-from kerasdefense.attacks import OBJECTIVES, check_logits, misclassified, seeds, share_pass
+from kerasdefense.attacks import OBJECTIVES, Iterative, check_logits, norms, ranked_targets, seeds
+from kerasdefense.attacks.iterative import where
+from kerasdefense.attacks.wrappers import draws_of
 from kerasdefense.evaluation.suites import PlannedAttack
-from kerasdefense.types import Context, LossFn, PathFn, SuccessFn, UsageError
+from kerasdefense.types import Context, PathFn, UsageError
 
-_SMALL = 4
-"""Chunks of few survivors are padded to a quarter of the chunk size, others to the whole."""
+LABEL_ONLY = ("cross_entropy", "dlr", "margin")
+"""Objectives that need no more of an example than its label."""
+FRESH_DRAWS = 10
+"""Passes over whose mean probabilities a randomised model's answer is taken."""
+_SHARES = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 1 / 16)
+"""Chunks have the full size or one of these shares of it; fewer images are padded."""
+
+
+def padded_size(count: int, largest: int) -> int:
+    """Return the smallest of the few sizes that holds `count` images, at most `largest`."""
+    sizes = {max(1, int(largest * share)) for share in _SHARES}
+    return min((size for size in sizes if size >= count), default=largest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +41,17 @@ class Chunk:
         return Chunk(self.image[rows], self.label[rows], self.index[rows])
 
     def padded(self, chunk_size: int) -> Chunk:
-        """Return the chunk with its first row repeated behind it, up to one of two fixed sizes."""
-        count, small = len(self.label), max(1, chunk_size // _SMALL)
-        rows = np.zeros(small if count <= small else chunk_size, np.int64)
+        """Return the chunk with its first row repeated behind it, up to one of few fixed sizes."""
+        count = len(self.label)
+        rows = np.zeros(padded_size(count, chunk_size), np.int64)
         rows[:count] = np.arange(count)
         return self.rows(rows)
+
+
+def compiled(function: Callable[..., Any], *like: Any) -> Callable[..., Any]:
+    """Return a function traced once, for batches of any size, from nests of tensors with a leading batch axis."""
+    specs = tf.nest.map_structure(lambda each: tf.TensorSpec([None, *each.shape[1:]], each.dtype), like)
+    return tf.function(function).get_concrete_function(*specs)
 
 
 class ExactPath:
@@ -43,100 +61,205 @@ class ExactPath:
         path: `(image, seed) -> logits`.
         seed: seed of the evaluation.
         chunk_size: images scored at once.
+        draws: passes whose probabilities are averaged, for a path that draws at random.
     """
 
-    def __init__(self, path: PathFn, *, seed: int, chunk_size: int) -> None:
-        self._logits = tf.function(path, reduce_retracing=True)
+    def __init__(self, path: PathFn, *, seed: int, chunk_size: int, draws: int = 1) -> None:
+        self._path = path
         self._seed = seed
-        self._chunk_size = chunk_size
+        self._chunk_size = max(1, chunk_size // draws)
+        self._draws = draws
+        self._compiled: Optional[Callable[..., tf.Tensor]] = None
 
-    def logits(self, chunk: Chunk) -> tf.Tensor:
-        """Return logits [n, classes] of a chunk."""
-        return self._logits(tf.constant(chunk.image), seeds.per_example(self._seed, -1, tf.constant(chunk.index)))
+    def _mean_logits(self, image: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+        logits = draws_of(self._path, image, seeds.per_example(self._seed, -1, index), self._draws)
+        if self._draws == 1:
+            return logits
+        log_probability = tf.reshape(tf.nn.log_softmax(logits), [-1, self._draws, logits.shape[-1]])
+        return tf.reduce_logsumexp(log_probability, axis=1) - np.log(self._draws)
+
+    def logits(self, chunk: Chunk) -> np.ndarray:
+        """Return logits [n, classes] of a chunk of any size; of several draws, the log of the mean probabilities."""
+        parts = []
+        for first in range(0, len(chunk.label), self._chunk_size):
+            part = chunk.rows(np.arange(first, min(first + self._chunk_size, len(chunk.label))))
+            padded = part.padded(self._chunk_size)
+            inputs = tf.constant(padded.image), tf.constant(padded.index)
+            self._compiled = self._compiled or compiled(self._mean_logits, *inputs)
+            parts.append(self._compiled(*inputs).numpy()[: len(part.label)])
+        return np.concatenate(parts)
 
     def is_right(self, chunk: Chunk) -> np.ndarray:
-        """Return whether each image of a chunk is given its label, bool [n]."""
-        predicted = tf.argmax(self.logits(chunk.padded(self._chunk_size)), axis=-1).numpy()
-        return predicted[: len(chunk.label)] == chunk.label
+        """Return whether each image of a chunk is given its label, bool [n]; never where logits are not finite."""
+        logits = self.logits(chunk)
+        return (np.argmax(logits, axis=1) == chunk.label) & np.isfinite(logits).all(axis=1)
 
-    def classes(self, chunk: Chunk) -> int:
+    def check(self, chunk: Chunk) -> int:
         """Check on a few images that the path gives logits, and return for how many classes."""
-        logits = self.logits(chunk.rows(np.arange(min(len(chunk.label), 8))))
-        check_logits(logits)
+        few = chunk.rows(np.arange(min(len(chunk.label), 8)))
+        logits = self._path(tf.constant(few.image), seeds.per_example(self._seed, -1, tf.constant(few.index)))
+        check_logits(logits, advice="; --evaluate_outputs=probabilities (outputs= in Python) turns them into logits")
         return logits.shape[1]
 
 
 class Search:
-    """One attack on one path: gives for each image of a chunk the candidate that is most likely to fool.
+    """One attack on one path, ready to be run on any images.
 
     Args:
-        planned: the attack, with its name and objective.
+        planned: the attack, with its name, objective and random draws.
         path_name: what the path is called.
         path: `(image, seed) -> logits`.
         stream: number that tells this search's random draws from those of others.
         seed: seed of the evaluation.
-        chunk_size: images attacked at once.
+        chunk_size: images attacked at once, with all their random draws.
     """
 
     def __init__(
         self, planned: PlannedAttack, path_name: str, path: PathFn, *, stream: int, seed: int, chunk_size: int
     ) -> None:
-        self.name = planned.name
-        self.objective = planned.objective
+        self.planned = planned
+        self.name = planned.name if path_name == "exact" else f"{planned.name}:{path_name}"
         self.attack: Any = planned.attack
         self.path_name = path_name
-        self.seconds = 0.0
+        self.slots = max(1, chunk_size // planned.draws)
+        self.is_iterative = isinstance(planned.attack, Iterative)
         self._path = path
         self._stream = stream
         self._seed = seed
-        self._chunk_size = chunk_size
+        self._functions: dict[str, Callable[..., Any]] = {}
         if self.attack.takes == "loss":
-            if self.objective not in ("cross_entropy", "margin"):
-                raise UsageError(f"attack {self.name} must maximise cross_entropy or margin, not {self.objective}")
-            self._compile()
-        else:
+            self._check_objective()
+        if not self.is_iterative:
             # One function object (a method would be a new one at each access), for attacks that compile its gradient.
             self._path_seed = tf.Variable(tf.zeros([0, 2], tf.int32), shape=[None, 2], trainable=False)
             self._logits = lambda image: path(image, self._path_seed)
 
-    def _compile(self) -> None:
-        attack, path, objective = self.attack, self._path, OBJECTIVES[self.objective]
+    def _check_objective(self) -> None:
+        known = (*LABEL_ONLY, "logit_matching") + (
+            ("targeted_cross_entropy", "targeted_dlr") if self.attack.targets else ()
+        )
+        if self.planned.objective not in known:
+            raise UsageError(
+                f"attack {self.name} must maximise one of {', '.join(known)}, not {self.planned.objective}"
+            )
 
-        def functions() -> tuple[LossFn, SuccessFn]:
-            shared = share_pass(path)
+    @property
+    def runs(self) -> int:
+        """Runs of the attack on each image: a restart of each target."""
+        return self.attack.restarts * max(1, self.attack.targets)
 
-            def loss_fn(image: tf.Tensor, context: Context) -> tf.Tensor:
-                return objective(lambda each: shared(each, context["seed"]))(image, context)
+    def context(self, chunk: Chunk, logits: np.ndarray, run: np.ndarray, reference: np.ndarray) -> Context:
+        """Return what the objective needs of each image in its run number `run` [n].
 
-            def success_fn(image: tf.Tensor, context: Context) -> tf.Tensor:
-                return misclassified(lambda each: shared(each, context["seed"]))(image, context)
+        Args:
+            chunk: the images.
+            logits: float32 [n, classes], of the clean images.
+            run: int [n].
+            reference: float32 [n, classes], the clean logits of an image of another class.
+        """
+        index = tf.constant(chunk.index)
+        of_run = tf.constant(np.stack([run, np.zeros_like(run)], axis=1), tf.int32)
+        seed = seeds.per_example(self._seed, self._stream, index) + of_run
+        context = {"label": tf.constant(chunk.label), "seed": seed}
+        if self.attack.targets:
+            targets = ranked_targets(tf.constant(logits), context["label"], self.attack.targets)
+            context["target"] = tf.gather(targets, tf.constant(run // self.attack.restarts, tf.int32), batch_dims=1)
+        if self.planned.objective == "logit_matching":
+            context["reference"] = tf.constant(reference)
+        return context
 
-            return loss_fn, success_fn
+    def start(self, image: tf.Tensor, context: Context, run: np.ndarray) -> Any:
+        """Return the state in which an iterative attack begins run number `run` [n] on each image."""
+        seed = context["seed"]
+        if "start" not in self._functions:
+            self._functions["start"] = compiled(self.attack.start, image, seed)
+        state = self._functions["start"](image, seed)
+        is_restart = run % self.attack.restarts > 0
+        if not is_restart.any():
+            return state
+        if "again" not in self._functions:
+            self._functions["again"] = compiled(self.attack.again, image, seed)
+        return merged(is_restart, self._functions["again"](image, seed), state)
 
-        def step(state: Any, image: tf.Tensor, context: Context) -> Any:
-            loss_fn, success_fn = functions()
-            return attack.step(loss_fn, state, image, context, success_fn)
+    def step(self, state: Any, image: tf.Tensor, context: Context) -> Any:
+        """Return the state after one more pass through the model."""
+        if "step" not in self._functions:
+            self._functions["step"] = compiled(self._step, state, image, context)
+        return self._functions["step"](state, image, context)
 
-        def finish(state: Any, context: Context) -> tf.Tensor:
-            loss_fn, success_fn = functions()
-            return attack.finish(loss_fn, state, context, success_fn).image
-
-        self._start = tf.function(attack.start, reduce_retracing=True)
-        self._step = tf.function(step, reduce_retracing=True)
-        self._finish = tf.function(finish, reduce_retracing=True)
-
-    def candidates(self, chunk: Chunk, restart: int) -> np.ndarray:
-        """Return one candidate for each image of a chunk, float32 [n, h, w, c]."""
-        padded = chunk.padded(self._chunk_size)
-        seed = seeds.per_example(self._seed, self._stream, tf.constant(padded.index))
-        image, label = tf.constant(padded.image), tf.constant(padded.label)
+    def _step(self, state: Any, image: tf.Tensor, context: Context) -> Any:
+        context = {**context, "seed": seeds.advance(context["seed"], state.best.queries)}
+        answer = _Answer(self._path, context, self.planned.draws)
         if self.attack.takes == "logits":
-            self._path_seed.assign(seed)
-            found = self.attack(self._logits, image, label, seed).image
-        else:
-            context = {"label": label, "seed": seed}
-            state = self._start(image, self.attack.restart_seed(seed, restart))
-            for _ in range(self.attack.steps):
-                state = self._step(state, image, context)
-            found = self._finish(state, context)
+            return self.attack.step(answer.mean_logits, state, image, context, None)
+        objective = OBJECTIVES[self.planned.objective]
+
+        def loss_fn(each: tf.Tensor, _: Context) -> tf.Tensor:
+            return answer.loss(objective, each)
+
+        def success_fn(each: tf.Tensor, _: Context) -> tf.Tensor:
+            return answer.fools(each)
+
+        return self.attack.step(loss_fn, state, image, context, success_fn)
+
+    def allows(self, image_adv: np.ndarray, image: np.ndarray) -> np.ndarray:
+        """Return which candidates are in the ball and in the box, bool [n]."""
+        distance = norms.length(tf.constant(image_adv - image), self.attack.norm).numpy()
+        flat = image_adv.reshape(len(image_adv), -1)
+        in_box = ((flat >= 0) & (flat <= 1)).all(axis=1)
+        return in_box & (distance <= float(self.attack.epsilon) * (1 + 1e-5) + 1e-7)
+
+    def one_shot(self, chunk: Chunk) -> np.ndarray:
+        """Return one candidate for each image of a chunk by an attack that is not iterative, float32 [n, h, w, c]."""
+        padded = chunk.padded(self.slots)
+        seed = seeds.per_example(self._seed, self._stream, tf.constant(padded.index))
+        self._path_seed.assign(seed)
+        found = self.attack(self._logits, tf.constant(padded.image), tf.constant(padded.label), seed).image
         return found.numpy()[: len(chunk.label)]
+
+
+def merged(condition: np.ndarray, first: Any, second: Any) -> Any:
+    """Return the rows of the state `first` where `condition` [n] holds, of `second` elsewhere."""
+    mask = tf.constant(condition)
+    return tf.nest.map_structure(lambda one, two: where(mask, one, two), first, second)
+
+
+class _Answer:
+    """What a path says of images in so many draws, asked once by all who want to know within one traced step."""
+
+    def __init__(self, path: PathFn, context: Context, draws: int) -> None:
+        self._path, self._context, self._draws = path, context, draws
+        self._last: list[tf.Tensor] = []
+
+    def _drawn(self, image: tf.Tensor) -> tf.Tensor:
+        if not self._last or self._last[0] is not image:
+            self._last = [image, draws_of(self._path, image, self._context["seed"], self._draws)]
+        return self._last[1]
+
+    def _mean(self, values: tf.Tensor) -> tf.Tensor:
+        """Return the mean over the draws of `values` [batch * draws, ...]."""
+        if self._draws == 1:
+            return values
+        return tf.reduce_mean(tf.reshape(values, [-1, self._draws, *values.shape[1:]]), axis=1)
+
+    def loss(self, objective: Callable[..., Any], image: tf.Tensor) -> tf.Tensor:
+        """Return the mean objective over the draws, [batch]."""
+        logits = self._drawn(image)
+        context = self._context
+        if self._draws > 1:
+            context = {name: tf.repeat(each, self._draws, axis=0) for name, each in context.items()}
+
+        def drawn(_: tf.Tensor) -> tf.Tensor:
+            return logits
+
+        return self._mean(tf.cast(objective(drawn)(image, context), tf.float32))
+
+    def fools(self, image: tf.Tensor) -> tf.Tensor:
+        """Return whether the mean probabilities of the draws are highest for another class than the label, [batch]."""
+        logits = self._drawn(image)
+        mean = logits if self._draws == 1 else self._mean(tf.nn.softmax(logits))
+        return tf.argmax(mean, axis=-1, output_type=tf.int32) != self._context["label"]
+
+    def mean_logits(self, image: tf.Tensor) -> tf.Tensor:
+        """Return the mean logits of the draws, [batch, classes]."""
+        return self._mean(self._drawn(image))

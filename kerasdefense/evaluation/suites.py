@@ -1,46 +1,198 @@
-"""Suites: which attacks an evaluation runs, in order."""
+"""Suites: which attacks an evaluation runs, in order, and how."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Callable, NamedTuple
 
-from kerasdefense.attacks import ATTACKS, FGSM, PGD, Attack
+from kerasdefense.attacks import APGD, ATTACKS, FAB, FGSM, PGD, Attack, Square, has_foolbox
+
+EOT_DRAWS = 20
+TARGETS = 9
+
+
+class ThreatModel(NamedTuple):
+    """What an attacker may do to an image: move it within a ball, inside the box [0, 1].
+
+    `norm` is "linf" or "l2", `epsilon` the radius as a fraction of the [0, 1] range.
+    """
+
+    norm: str
+    epsilon: float
 
 
 class PlannedAttack(NamedTuple):
-    """An attack of a suite: the name it is reported under, the attack, and the objective it maximises.
+    """An attack of a suite.
 
-    The objective is `cross_entropy` or `margin`, which need no more of an example than its label; an attack that takes
-    logits has an objective of its own, named here for the report.
+    Attributes:
+        name: what it is reported under.
+        attack: the attack.
+        objective: what it maximises, a key of OBJECTIVES; an attack that takes logits has an objective of its own,
+            named here for the report.
+        draws: passes whose loss and probabilities are averaged at each point, for models that draw at random.
+        examples: how many images are attacked at most, from the first on; 0 = all. The others count as standing.
+        transfer: whether it is aimed at surrogates, and only what it finds on them is tried on the model.
+        replaces: what it stands in for, and why, where a suite's own attack cannot run on so few classes.
     """
 
     name: str
     attack: Attack
     objective: str = "cross_entropy"
+    draws: int = 1
+    examples: int = 0
+    transfer: bool = False
+    replaces: str = ""
 
 
-def _quick(norm: str, epsilon: float) -> tuple[PlannedAttack, ...]:
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """Attacks and the way they are run.
+
+    Attributes:
+        plan: returns the attacks for a norm, a radius and a number of classes.
+        cascade: whether an attack only meets images that stand after those before it; else each meets all that are
+            right clean, which costs more and says how strong each is alone.
+        checks: the items of the sanity battery that go with it.
+        words: what the headline may be called.
+    """
+
+    plan: Callable[[str, float, int], tuple[PlannedAttack, ...]]
+    cascade: bool
+    checks: tuple[str, ...]
+    words: str
+
+
+def _quick(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
     return (
         PlannedAttack("fgsm", FGSM(norm, epsilon)),
         PlannedAttack("pgd20", PGD(norm, epsilon, steps=20)),
     )
 
 
-def _standard(norm: str, epsilon: float) -> tuple[PlannedAttack, ...]:
+def _standard(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
     return (
-        *_quick(norm, epsilon),
+        *_quick(norm, epsilon, classes),
         PlannedAttack("pgd50x5", PGD(norm, epsilon, steps=50, restarts=5)),
         PlannedAttack("pgd50_margin", PGD(norm, epsilon, steps=50), "margin"),
     )
 
 
-def _cleverhans(norm: str, epsilon: float) -> tuple[PlannedAttack, ...]:
+def _apgd_ce(norm: str, epsilon: float, *, restarts: int = 1, draws: int = 1) -> PlannedAttack:
+    return PlannedAttack("apgd_ce", APGD(norm, epsilon, restarts=restarts), draws=draws)
+
+
+def _apgd_dlr(norm: str, epsilon: float, classes: int, *, restarts: int = 1, draws: int = 1) -> PlannedAttack:
+    attack = APGD(norm, epsilon, restarts=restarts)
+    if classes >= 3:
+        return PlannedAttack("apgd_dlr", attack, "dlr", draws)
+    why = f"apgd_dlr: the DLR loss needs 3 classes, there are {classes}"
+    return PlannedAttack("apgd_margin", attack, "margin", draws, replaces=why)
+
+
+def _apgd_t(norm: str, epsilon: float, classes: int) -> PlannedAttack:
+    attack = APGD(norm, epsilon, targets=min(TARGETS, classes - 1))
+    if classes >= 4:
+        return PlannedAttack("apgd_t", attack, "targeted_dlr")
+    why = f"apgd_t: the targeted DLR loss needs 4 classes, there are {classes}"
+    if classes == 3:
+        return PlannedAttack("apgd_t_ce", attack, "targeted_cross_entropy", replaces=why)
+    return PlannedAttack("apgd_margin", APGD(norm, epsilon), "margin", replaces=why)
+
+
+def _fab_t(norm: str, epsilon: float, classes: int) -> PlannedAttack:
+    return PlannedAttack("fab_t", FAB(norm, epsilon, targets=min(TARGETS, classes - 1)), "distance")
+
+
+def _square(norm: str, epsilon: float, *, queries: int = 5000, draws: int = 1) -> PlannedAttack:
+    return PlannedAttack("square", Square(norm, epsilon, queries=queries), "margin", draws)
+
+
+def _autoattack(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
+    return (
+        _apgd_ce(norm, epsilon),
+        _apgd_t(norm, epsilon, classes),
+        _fab_t(norm, epsilon, classes),
+        _square(norm, epsilon),
+    )
+
+
+def _plus(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
+    return (
+        _apgd_ce(norm, epsilon, restarts=5),
+        _apgd_dlr(norm, epsilon, classes, restarts=5),
+        PlannedAttack("fab", FAB(norm, epsilon, restarts=5), "distance"),
+        _square(norm, epsilon),
+        *_distinct(_apgd_t(norm, epsilon, classes), classes),
+        _fab_t(norm, epsilon, classes),
+    )
+
+
+def _distinct(planned: PlannedAttack, classes: int) -> tuple[PlannedAttack, ...]:
+    """Return the attack, unless another already stands in its place."""
+    return (planned,) if classes > 2 else ()
+
+
+def _rand(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
+    return (
+        _apgd_ce(norm, epsilon, draws=EOT_DRAWS),
+        _apgd_dlr(norm, epsilon, classes, draws=EOT_DRAWS),
+    )
+
+
+def _cleverhans(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
     names = ("cleverhans_fgm", "cleverhans_pgd", "cleverhans_mim") + (("cleverhans_cw_l2",) if norm == "l2" else ())
     return tuple(PlannedAttack(name, ATTACKS[name](norm=norm, epsilon=epsilon), "its own") for name in names)
 
 
-SUITES: dict[str, Callable[[str, float], tuple[PlannedAttack, ...]]] = {
-    "cleverhans": _cleverhans,
-    "quick": _quick,
-    "standard": _standard,
+def _adaptive(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
+    return (
+        _apgd_ce(norm, epsilon, restarts=5),
+        _apgd_dlr(norm, epsilon, classes, restarts=5),
+        *_distinct(_apgd_t(norm, epsilon, classes), classes),
+        PlannedAttack("logit_matching", APGD(norm, epsilon, restarts=5), "logit_matching"),
+        _fab_t(norm, epsilon, classes),
+        _square(norm, epsilon),
+        PlannedAttack("pgd1000x10_margin", PGD(norm, epsilon, steps=1000, restarts=10), "margin"),
+        *_transfer(norm, epsilon),
+    )
+
+
+def _transfer(norm: str, epsilon: float) -> tuple[PlannedAttack, ...]:
+    return (
+        PlannedAttack("transfer_mi_fgsm", ATTACKS["mi_fgsm"](norm=norm, epsilon=epsilon), transfer=True),
+        PlannedAttack("transfer_apgd_ce", APGD(norm, epsilon), transfer=True),
+    )
+
+
+def _blackbox(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
+    planned = [
+        PlannedAttack("noise", ATTACKS["noise"](norm=norm, epsilon=epsilon), "margin"),
+        *_transfer(norm, epsilon),
+        _square(norm, epsilon),
+    ]
+    if norm == "linf":
+        spsa = ATTACKS["cleverhans_spsa"](norm=norm, epsilon=epsilon)
+        planned.append(PlannedAttack("spsa", spsa, "margin", examples=100))
+    if has_foolbox():
+        hop_skip_jump = ATTACKS["foolbox_hop_skip_jump"](norm=norm, epsilon=epsilon)
+        planned.append(PlannedAttack("hop_skip_jump", hop_skip_jump, "decision", examples=100))
+    return tuple(planned)
+
+
+_QUICK_CHECKS = ("S1", "S3", "S5", "S6", "S10", "S11")
+_STANDARD_CHECKS = (*_QUICK_CHECKS, "S2", "S4", "S7", "S8", "S9", "S14")
+_AUTOATTACK_CHECKS = (*_STANDARD_CHECKS, "S12", "S13", "S15", "S17")
+_NOT_AUTOATTACK = "not an AutoAttack result, true robustness is at most this"
+
+SUITES: dict[str, Suite] = {
+    "adaptive": Suite(
+        _adaptive, True, (*_AUTOATTACK_CHECKS, "S16"), "AutoAttack's members with more restarts, and stronger attacks"
+    ),
+    "autoattack": Suite(_autoattack, True, _AUTOATTACK_CHECKS, "AutoAttack standard"),
+    "blackbox": Suite(_blackbox, True, _QUICK_CHECKS, f"gradient-free and transferred attacks only, {_NOT_AUTOATTACK}"),
+    "cleverhans": Suite(_cleverhans, False, _QUICK_CHECKS, _NOT_AUTOATTACK),
+    "plus": Suite(_plus, True, _AUTOATTACK_CHECKS, "AutoAttack plus"),
+    "quick": Suite(_quick, False, _QUICK_CHECKS, _NOT_AUTOATTACK),
+    "rand": Suite(_rand, True, _AUTOATTACK_CHECKS, "AutoAttack rand"),
+    "standard": Suite(_standard, False, _STANDARD_CHECKS, _NOT_AUTOATTACK),
 }

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
 import math
@@ -13,8 +14,18 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from kerasdefense.attacks import FGSM
-from kerasdefense.evaluation import PlannedAttack, accuracy_interval, check_results, evaluate, table, versions
-from kerasdefense.evaluation.report import note, radius
+from kerasdefense.evaluation import (
+    PlannedAttack,
+    ThreatModel,
+    accuracy_interval,
+    check_results,
+    evaluate,
+    radius,
+    sanity_lines,
+    table,
+    versions,
+)
+from kerasdefense.evaluation.report import note
 from kerasdefense.types import InputError
 
 
@@ -32,10 +43,14 @@ def results():
             "smoothed": lambda image, seed: -image[:, 0, :3, 0],
         },
         tf.data.Dataset.from_tensor_slices(elements).batch(8),
+        ThreatModel("linf", 32 / 255),
         [PlannedAttack("fgsm", FGSM("linf", 32 / 255))],
+        sanity_examples=0,
     )
-    rest = {"suite": "quick", "note": note("quick", 8), "config": {}, "versions": versions(), "seed": 0}
-    return {"schema_version": 1, **measured, "attack_budget": 1, **rest}
+    digest = hashlib.sha256(b"").hexdigest()
+    rest = {"suite": "quick", "note": note(measured, "quick"), "config": {}, "versions": versions(), "seed": 0}
+    rest |= {"model": {"name": "linear", "digest": digest}, "adversarial_sha256": digest}
+    return {"schema_version": 2, **measured, "attack_budget": 1, **rest}
 
 
 @given(st.integers(1, 500), st.floats(0, 1))
@@ -85,7 +100,7 @@ def broken(results, path, value):
         (["attacks", 0, "cascaded_accuracy"], None, "cascaded_accuracy"),
         (["attacks", 1, "threat_model", "norm"], "l7", r"\$.attacks\[1\].threat_model.norm"),
         (["attacks", 0, "seconds"], -1, r"\$.attacks\[0\].seconds"),
-        (["schema_version"], 2, r"\$.schema_version"),
+        (["schema_version"], 1, r"\$.schema_version"),
         (["seed"], "zero", r"\$.seed"),
         (["versions", "keras"], 2, r"\$.versions.keras"),
         (["config"], None, "config"),
@@ -108,7 +123,7 @@ def test_table_shows_every_attack_the_worst_case_and_how_many_images(results):
         "100.0 %",
         "after fgsm ",
         "after fgsm via smoothed",
-        "robust: after the worst of all",
+        "robust: worst of all",
         f"{100 * robust:.1f} %",
         "linf ball of radius 32/255, n = 8, seed 0",
         "Preliminary, fewer than 1000 images. Suite quick: not an AutoAttack result",
@@ -123,8 +138,46 @@ def test_radius_is_written_as_people_do(epsilon, words):
     assert radius(epsilon) == words
 
 
-def test_note_calls_few_images_preliminary():
-    assert note("quick", 999).startswith("Preliminary") and not note("quick", 1000).startswith("Preliminary")
+def with_images(results, n):
+    return broken(results, ["clean_accuracy", "n"], n)
+
+
+def test_note_calls_few_images_preliminary(results):
+    assert note(with_images(results, 999), "quick").startswith("Preliminary")
+    assert not note(with_images(results, 1000), "quick").startswith("Preliminary")
+
+
+def test_note_says_what_stands_in_for_what_and_that_the_time_was_up(results):
+    changed = broken(with_images(results, 1000), ["attacks", 0, "replaces"], "apgd_t: too few classes")
+    assert (
+        note(changed, "autoattack")
+        == "Suite autoattack: AutoAttack standard. fgsm stands in for apgd_t: too few classes."
+    )
+    assert note({**changed, "complete": False}, "autoattack").startswith("Upper bound: the time was up")
+
+
+def sanity_item(name, status, *, gates=True):
+    return {
+        "id": name,
+        "asks": "is it",
+        "status": status,
+        "value": 0.5,
+        "threshold": 0.25,
+        "detail": "",
+        "gates": gates,
+    }
+
+
+def test_failed_sanity_items_are_printed_beside_the_headline(results):
+    items = [sanity_item("S1", "pass"), sanity_item("S9", "fail"), sanity_item("S12", "fail", gates=False)]
+    items.append(sanity_item("S16", "not_run"))
+    failed = {**results, "sanity": items, "trusted": False}
+    lines = sanity_lines(failed)
+    assert lines[0] == "sanity battery: 1 passed, 2 failed, not run: S16 - NOT TO BE TRUSTED"
+    assert lines[1].split() == ["S9", "failed:", "is", "it:", "0.5,", "must", "be", "at", "most", "0.25."]
+    assert "S12 failed (reported only)" in lines[2] and len(lines) == 3
+    assert note(failed, "quick").startswith("Not to be trusted: S9 of the sanity battery failed.")
+    assert sanity_lines(results) == ["sanity battery: not run"]
 
 
 def test_versions_name_what_the_figures_depend_on():

@@ -10,7 +10,7 @@ import resource, sys
 from pathlib import Path
 import tensorflow as tf
 from kerasdefense.attacks import FGSM, PGD
-from kerasdefense.evaluation import PlannedAttack, evaluate
+from kerasdefense.evaluation import PlannedAttack, ThreatModel, evaluate
 
 weights = tf.random.stateless_normal([64 * 64 * 3, 10], [0, 0])
 
@@ -25,7 +25,9 @@ def element(index):
 results = evaluate(
     {"exact": lambda image, seed: logits(image)},
     tf.data.Dataset.range(int(sys.argv[1])).map(element).batch(100),
+    ThreatModel("linf", 1 / 255),
     [PlannedAttack("fgsm", FGSM("linf", 1 / 255)), PlannedAttack("pgd", PGD("linf", 1 / 255, steps=2))],
+    sanity_examples=0,
     save=Path(sys.argv[2]),
 )
 assert results["robust_accuracy"]["n"] == int(sys.argv[1])

@@ -2,33 +2,72 @@ from __future__ import annotations
 
 import pytest
 
-from kerasdefense.attacks import ATTACKS, OBJECTIVES, PGD, norms
+from kerasdefense.attacks import APGD, ATTACKS, OBJECTIVES, PGD, norms
 from kerasdefense.evaluation import SUITES, PlannedAttack
 from kerasdefense.evaluation.search import Search
 from kerasdefense.types import UsageError
 
 
+@pytest.mark.parametrize("classes", [2, 3, 4, 10])
 @pytest.mark.parametrize("norm", norms.NORMS)
 @pytest.mark.parametrize("name", SUITES)
-def test_suite_has_one_threat_model_and_known_parts(name, norm):
-    suite = SUITES[name](norm, 0.07)
-    assert suite and len({planned.name for planned in suite}) == len(suite)
-    for planned in suite:
+def test_suite_has_one_threat_model_and_known_parts(name, norm, classes):
+    plan = SUITES[name].plan(norm, 0.07, classes)
+    assert plan and len({planned.name for planned in plan}) == len(plan)
+    for planned in plan:
         assert type(planned.attack) in ATTACKS.values()
-        assert (planned.objective in OBJECTIVES) == (planned.attack.takes == "loss")
+        assert planned.objective in OBJECTIVES or planned.attack.takes == "logits"
         assert (planned.attack.norm, planned.attack.epsilon) == (norm, 0.07)
+        assert getattr(planned.attack, "targets", 0) < classes
+
+
+def by_name(suite, classes=10):
+    return {planned.name: planned for planned in SUITES[suite].plan("linf", 0.1, classes)}
 
 
 def test_standard_suite_holds_pgd50_with_five_restarts_and_a_second_loss():
-    suite = {planned.name: planned for planned in SUITES["standard"]("linf", 0.1)}
+    suite = by_name("standard")
     attack = suite["pgd50x5"].attack
     assert (attack.steps, attack.restarts, attack.random_start, attack.keep) == (50, 5, True, "best")
     assert {planned.objective for planned in suite.values()} == {"cross_entropy", "margin"}
-    assert set(SUITES["quick"]("linf", 0.1)) <= set(suite.values())
+    assert set(by_name("quick")) <= set(suite)
+
+
+def test_autoattack_has_the_four_members_and_settings_of_the_reference():
+    suite = by_name("autoattack")
+    assert list(suite) == ["apgd_ce", "apgd_t", "fab_t", "square"] and SUITES["autoattack"].cascade
+    assert suite["apgd_ce"].attack == APGD("linf", 0.1, steps=100, rho=0.75, restarts=1)
+    assert (suite["apgd_t"].objective, suite["apgd_t"].attack.targets) == ("targeted_dlr", 9)
+    fab = suite["fab_t"].attack
+    assert (fab.steps, fab.targets, fab.alpha_max, fab.eta, fab.beta, fab.restarts) == (100, 9, 0.1, 1.05, 0.9, 1)
+    square = suite["square"].attack
+    assert (square.queries, square.p_init, square.rescale, square.restarts) == (5000, 0.8, False, 1)
+
+
+def test_other_versions_of_autoattack_have_their_restarts_and_draws():
+    plus = by_name("plus")
+    assert list(plus) == ["apgd_ce", "apgd_dlr", "fab", "square", "apgd_t", "fab_t"]
+    assert [plus[name].attack.restarts for name in plus] == [5, 5, 5, 1, 1, 1]
+    rand = by_name("rand")
+    assert list(rand) == ["apgd_ce", "apgd_dlr"] and {planned.draws for planned in rand.values()} == {20}
+
+
+@pytest.mark.parametrize(
+    "suite, classes, name, objective, words",
+    [
+        ("autoattack", 3, "apgd_t_ce", "targeted_cross_entropy", "apgd_t: the targeted DLR loss needs 4 classes"),
+        ("autoattack", 2, "apgd_margin", "margin", "apgd_t: the targeted DLR loss needs 4 classes, there are 2"),
+        ("rand", 2, "apgd_margin", "margin", "apgd_dlr: the DLR loss needs 3 classes, there are 2"),
+    ],
+)
+def test_too_few_classes_name_the_attack_that_is_replaced(suite, classes, name, objective, words):
+    planned = by_name(suite, classes)[name]
+    assert planned.objective == objective and words in planned.replaces
+    assert not any(each.replaces for each in by_name(suite).values())
 
 
 @pytest.mark.parametrize("objective", ["kl_divergence", "targeted_cross_entropy"])
 def test_search_refuses_an_objective_that_needs_more_than_a_label(objective):
     planned = PlannedAttack("mine", PGD(epsilon=0.1), objective)
-    with pytest.raises(UsageError, match="must maximise cross_entropy or margin"):
+    with pytest.raises(UsageError, match="must maximise one of cross_entropy, dlr, margin, logit_matching, not"):
         Search(planned, "exact", lambda image, seed: image, stream=0, seed=0, chunk_size=4)

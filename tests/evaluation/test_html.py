@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import base64
+import copy
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kerasdefense.evaluation.html import Examples, choose_examples, write_report
+from kerasdefense.evaluation.report import note, wilson
+
+HOSTILE = '<script src="http://evil.example/x.js">"&\'</script>'
+NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)*(?:e[-+]?\d+)?(?:/255)?")
+
+
+class Page(HTMLParser):
+    """What a test asks of a page: its tags, and the text that is neither style, axis nor caption."""
+
+    VOID = ("meta", "img", "path")
+
+    def __init__(self, source):
+        super().__init__()
+        self.tags, self.open, self.skipped, self.words = [], [], [], []
+        self.feed(source)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.tags.append((tag, given))
+        if tag not in self.VOID:
+            self.open.append(tag)
+            if tag in ("style", "figcaption") or "tick" in given.get("class", "").split():
+                self.skipped.append(len(self.open))
+
+    def handle_endtag(self, tag):
+        if tag in self.VOID:
+            return
+        assert self.open[-1] == tag, f"{tag} closes {self.open[-1]}"
+        if self.skipped and self.skipped[-1] == len(self.open):
+            self.skipped.pop()
+        self.open.pop()
+
+    def handle_data(self, data):
+        if not self.skipped:
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag, attribute):
+        return [given[attribute] for found, given in self.tags if found == tag and attribute in given]
+
+
+def candidates(shape, *, labels=("cat", "dog", "ship"), fooled=True):
+    random = np.random.default_rng(0)
+    image = random.uniform(size=[16, *shape]).astype(np.float32)
+    image_adv = np.clip(image + random.choice([-8 / 255, 8 / 255], image.shape), 0, 1).astype(np.float32)
+    label = np.arange(16) % 3
+    before = np.where(np.arange(16) < 12, label, (label + 1) % 3)
+    after = np.where(np.arange(16) % 2 == 0, (label + 2) % 3, before) if fooled else before
+    return image, image_adv, label, before, after, labels
+
+
+@pytest.fixture
+def render(tmp_path):
+    def written(results, images=None, title="pgd_at on cifar10"):
+        write_report(tmp_path / "report.html", results, title=title, images=images)
+        return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+    return written
+
+
+def figures(content):
+    """Return every number and string in what results.json holds, the names of its fields among them."""
+    if isinstance(content, dict):
+        return [*content, *(each for value in content.values() for each in figures(value))]
+    if isinstance(content, (list, tuple)):
+        return [each for value in content for each in figures(value)]
+    return [content]
+
+
+def traceable(results):
+    """Return what may stand on the page as a number."""
+    allowed = set()
+    count = results["clean_accuracy"]["n"]
+    after_each = [wilson(round(each["cascaded_accuracy"] * count), count)["ci95"] for each in results["attacks"]]
+    for figure in [*figures(results), *figures(after_each)]:
+        if isinstance(figure, str):
+            allowed |= set(NUMBER.findall(figure)) | {figure}
+        elif isinstance(figure, (int, float)):
+            forms = ("{:,}", "{}", "{:,.1f}", "{:.3g}", "{:.4g}", "{:g}")
+            allowed |= {form.format(figure) for form in forms} | {f"{100 * figure:.1f}", f"{round(255 * figure)}/255"}
+            allowed |= {f"{int(figure):,}"} if float(figure).is_integer() else set()
+    return allowed
+
+
+def test_every_number_on_the_page_is_in_the_results(render, results):
+    page = Page(render(results, choose_examples(*candidates((32, 32, 3)))))
+    text = page.text.replace("95 % interval", "")
+    numbers = NUMBER.findall(text)
+    unknown = sorted({number.strip(",.") for number in numbers} - traceable(results))
+    assert len(numbers) > 150 and unknown == []
+    for words in ("34.4 %", "31.5 to 37.4 %", "61.7 %", "n = 1,000", "L∞ ball of radius 8/255", "AutoAttack standard"):
+        assert words in text
+
+
+def test_a_changed_figure_is_not_traceable(render, results):
+    other = copy.deepcopy(results)
+    other["robust_accuracy"]["value"] = 0.5432
+    assert "54.3" in NUMBER.findall(Page(render(other)).text) and "54.3" not in traceable(results)
+
+
+@pytest.mark.parametrize("images", [None, "few"])
+def test_page_asks_for_nothing_from_outside_and_runs_no_script(render, results, images):
+    results["note"] += " See https://example.org/paper."
+    source = render(results, images and choose_examples(*candidates((8, 8, 1))))
+    page = Page(source)
+    assert page.open == []
+    links = [given[name] for _, given in page.tags for name in ("src", "href", "data", "srcset") if name in given]
+    assert all(link.startswith("data:image/png;base64,") for link in links)
+    assert len(links) == (36 if images else 0)
+    assert not {"script", "link", "iframe", "object", "base", "a"} & {tag for tag, _ in page.tags}
+    style = source[: source.index("</style>")]
+    assert "url(" not in style and "@import" not in style and not re.search(r"\son\w+=", source)
+
+
+def test_page_is_accessible(render, results):
+    source = render(results, choose_examples(*candidates((8, 8, 1))))
+    page = Page(source)
+    assert page.all("html", "lang") == ["en"] and page.all("meta", "name")[0] == "viewport"
+    assert len(page.all("img", "alt")) == 36 and all(page.all("img", "alt"))
+    headers = [given for tag, given in page.tags if tag == "th"]
+    assert headers and all(given.get("scope") in ("row", "col") for given in headers)
+    assert all(given.get("aria-label") for tag, given in page.tags if tag == "svg")
+    assert "prefers-color-scheme: dark" in source and "@media print" in source and "max-width: 720px" in source
+
+
+def test_hostile_names_are_escaped(render, results):
+    results["model"]["name"] = results["attacks"][0]["name"] = results["sanity"][0]["detail"] = HOSTILE
+    results["config"]["data"][HOSTILE] = results["versions"][HOSTILE] = HOSTILE
+    source = render(results, choose_examples(*candidates((8, 8, 1), labels=(HOSTILE,) * 3)), title=HOSTILE)
+    page = Page(source)
+    assert "script" not in {tag for tag, _ in page.tags} and "<script" not in source
+    assert not any("evil" in value for tag, given in page.tags for name, value in given.items() if name != "alt")
+    assert all(HOSTILE in alt for alt in page.all("img", "alt") if not alt.startswith("Difference"))
+
+
+def test_banner_names_the_failed_items_that_gate(render, results):
+    text = Page(render(results)).text
+    banner = text[text.index("Not to be trusted") : text.index("Robust accuracy")]
+    assert "S4 failed: nothing stands when any image may be swapped" in banner and "0.00781" in banner
+    assert "S12" not in banner and "No check failed" not in text
+    assert "Upper bound" not in text and "Preliminary" not in text
+
+
+def trusted(results):
+    for item in results["sanity"]:
+        item["status"] = "pass" if item["status"] == "fail" else item["status"]
+    results["trusted"] = True
+    return results
+
+
+def test_banner_of_a_trusted_evaluation_says_so_and_no_more(render, results):
+    trusted(results)
+    results["note"] = note(results, "autoattack")
+    source = render(results)
+    assert "No check failed" in source and "Not to be trusted" not in source and source.count('class="banner') == 1
+
+
+def test_banner_of_an_evaluation_that_nothing_checked_claims_nothing(render, results):
+    results["sanity"], results["trusted"] = [], True
+    text = Page(render(results)).text
+    assert "Not checked" in text and "No check failed" not in text and "The sanity battery has not run." in text
+    trusted(results)["sanity"] = [{**CHECK, "gates": False}, {**CHECK, "status": "not_run"}]
+    assert "Not checked" in Page(render(results)).text
+
+
+CHECK = {"id": "S12", "asks": "x", "status": "pass", "value": 0.1, "threshold": 0.2, "detail": "", "gates": True}
+
+
+def test_banners_of_a_preliminary_evaluation_that_was_stopped(render, results):
+    trusted(results)["complete"] = False
+    results["clean_accuracy"] = wilson(123, 200)
+    results["note"] = note(results, "autoattack")
+    text = Page(render(results)).text
+    assert "Upper bound: stopped early" in text and "at most 34.4 %" in text
+    assert "Preliminary fewer than 1000 images." in text and text.count("AutoAttack standard") == 1
+
+
+def test_page_is_the_same_each_time(render, results):
+    images = choose_examples(*candidates((32, 32, 3)))
+    assert render(results, images) == render(copy.deepcopy(results), choose_examples(*candidates((32, 32, 3))))
+
+
+def test_page_without_optional_blocks(render, results):
+    kept = ("clean_accuracy", "robust_accuracy", "attacks")
+    text = Page(render({name: results[name] for name in kept})).text
+    assert "Not measured." in text and "The sanity battery has not run." in text and "Examples" not in text
+    assert "L∞ ball of radius 8/255" in text
+
+
+def test_page_of_an_l2_evaluation_with_one_class_less_and_single_radius(render, results):
+    for threat in (results["threat_model"], *(attack["threat_model"] for attack in results["attacks"])):
+        threat.update(norm="l2", epsilon=1.0)
+    results["curve"] = [{**point, "epsilon": 0.125 * number} for number, point in enumerate(results["curve"])]
+    results["attacks"][1]["replaces"] = "apgd_t: the targeted DLR loss needs 4 classes, there are 2"
+    text = Page(render(results, choose_examples(*candidates((8, 8, 1))))).text
+    assert "L₂ ball of radius 1 " in text and "in place of apgd_t: the targeted DLR" in text
+    assert "the largest change of each image" in text
+    results["curve"] = results["curve"][:1]
+    assert "Not measured." in Page(render(results)).text
+
+
+def test_page_of_a_random_model_shows_the_protocol(render, results):
+    results["flags"]["randomised"] = True
+    results["randomised"] = {
+        "R1_fixed_noise": None,
+        "R2_autoattack_rand": {"apgd_ce": 0.415, "apgd_dlr": 0.405},
+        "R3_pgd200_eot": 0.425,
+        "R5_scaling": [{"draws": draws, **wilson(20, 32)} for draws in (1, 128)],
+        "R6_fresh_draws": {"single_draw": {"value": 0.401, "n": 1000, "draws": 20}, "any_of_10": wilson(300, 1000)},
+        "keyed": False,
+    }
+    text = Page(render(results)).text
+    block = text[text.index("A model that draws at random") :]
+    for words in ("R1 AutoAttack standard", "not measured", "apgd dlr 40.5 %", "draws: 128 62.5 %", "any of 10 30.0 %"):
+        assert words in block
+    assert "in place of the suite's attacks" in text and "Suite autoattack: AutoAttack standard" not in text
+
+
+def test_not_run_is_never_shown_as_passed(render, results):
+    row = re.search(r'<tr role="row" class="idle">.*?S16.*?</tr>', render(results), re.DOTALL).group()
+    assert "not run" in row and "passed" not in row and "does not gate" not in row
+
+
+def test_chosen_examples_are_fooled_first_and_of_all_classes():
+    image, image_adv, label, before, after, labels = candidates((4, 4, 1))
+    chosen = choose_examples(image, image_adv, label, before, after, labels)
+    assert len(chosen.label) == 12
+    fooled = (chosen.clean_prediction == chosen.label) & (chosen.adversarial_prediction != chosen.label)
+    count = int(((before == label) & (after != label)).sum())
+    assert fooled[:count].all() and not fooled[count:].any()
+    assert set(chosen.label[:3].tolist()) == {0, 1, 2}
+    right = chosen.clean_prediction == chosen.label
+    assert right.tolist() == sorted(right.tolist(), reverse=True)
+
+
+def test_examples_where_none_was_fooled_and_none_was_given(render, results):
+    source = render(results, choose_examples(*candidates((32, 32, 3), fooled=False)))
+    assert source.count("✓ stood") == 12 and "✗ fooled" not in source
+    none = Examples(*(np.zeros([0, *shape], int) for shape in ((4, 4, 1), (4, 4, 1), (), (), ())), labels=())
+    assert '<figure class="card">' not in render(results, choose_examples(*none))
+
+
+@pytest.mark.parametrize("shape, side", [((8, 8, 1), 96), ((32, 32, 3), 96), ((100, 90, 3), 100), ((450, 400, 1), 150)])
+def test_pictures_are_whole_pixels_of_the_images(render, results, shape, side):
+    drawn = candidates(shape)
+    chosen = choose_examples(*(each[:2] for each in drawn[:-1]), drawn[-1])
+    sources = Page(render(results, chosen)).all("img", "src")
+    before, after, difference = (
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1])))) for source in sources[:3]
+    )
+    assert before.shape == after.shape == difference.shape and before.shape[0] == side
+    assert before.ndim == (2 if shape[-1] == 1 else 3)
+    if side == 96:
+        factor = 96 // shape[0]
+        expected = np.rint(chosen.image[0] * 255).repeat(factor, axis=0).repeat(factor, axis=1)
+        np.testing.assert_array_equal(before.reshape(expected.shape), expected)
+        assert difference.max() == 255 and difference.min() <= 1
