@@ -10,15 +10,17 @@ if sys.argv[:1] == [
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.filterwarnings("ignore", category=FutureWarning, module="google")
 
-from kerasdefense.attacks import FGSM, FGSMRS, PGD, AttackResult
+from kerasdefense.attacks import APGD, FAB, FGSM, FGSMRS, PGD, AttackResult, Square
 from kerasdefense.backbones import as_backbone
 from kerasdefense.config import Run
 from kerasdefense.defenses import FGSMRSAT, MART, PGDAT, TRADES, Defense, Standard
-from kerasdefense.evaluation import evaluate
+from kerasdefense.evaluation import RobustValidation, assert_robust, evaluate
 from kerasdefense.training import train
 from kerasdefense.types import InputError, UsageError
 
 __all__ = [
+    "APGD",
+    "FAB",
     "FGSM",
     "FGSMRS",
     "FGSMRSAT",
@@ -29,10 +31,13 @@ __all__ = [
     "AttackResult",
     "Defense",
     "InputError",
+    "RobustValidation",
     "Run",
+    "Square",
     "Standard",
     "UsageError",
     "as_backbone",
+    "assert_robust",
     "evaluate",
     "train",
 ]

@@ -138,10 +138,37 @@ class Evaluate:
     """How it is measured."""
 
     suite: str = _field("standard", "attacks to run, a key of SUITES")
+    model: str = _field(
+        "",
+        "evaluate this model instead of the run's: a .keras or .h5 file, a SavedModel folder, or a published folder",
+    )
+    outputs: str = _field(
+        "logits",
+        "what --evaluate_model returns; probabilities are turned into logits, where its last layer allows exactly",
+        ("logits", "probabilities"),
+    )
+    surrogates: str = _field("", "other models, comma-separated, on which transfer attacks look (adaptive, blackbox)")
     examples: int = _field(1000, "test images, from the first on; 0 = all", low=0)
-    epsilon: float = _field(0.0, "radius of the evaluation attacks; 0 = --attack_epsilon", low=0)
+    norm: str = _field("", "norm of the evaluation attacks; empty = the one the model was made for", ("", "linf", "l2"))
+    epsilon: float = _field(0.0, "radius of the evaluation attacks; 0 = the one the model was made for", low=0)
     chunk_size: int = _field(256, "images attacked at once; results do not depend on it beyond rounding", low=1)
     seed: int = _field(0, "seed of the evaluation attacks", low=0, high=SEEDS)
+    alone: bool = _field(False, "run every attack on all images, also where the suite spares those that have fallen")
+    minutes: float = _field(
+        0.0,
+        "stop after so many minutes of attacks and report an upper bound; the same command goes on; 0 = never",
+        low=0,
+    )
+    resume: str = _field(
+        "auto",
+        "auto goes on with an evaluation that was stopped, if it is the same; never begins anew",
+        ("auto", "never"),
+    )
+    sanity_examples: int = _field(
+        128, "test images for the sanity battery and the security curve, from the first on; 0 = neither", low=0
+    )
+    unseen: bool = _field(False, "also measure on corrupted images and after StAdv, which are outside every ball")
+    card: bool = _field(False, "write the figures to the card of the published folder that --evaluate_model names")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,10 +187,13 @@ class Export:
 class Run:
     """One run: everything that `python -m kerasdefense.run` needs."""
 
-    mode: str = _field("all", "what to do", ("all", "train", "evaluate", "export", "compare"))
-    runs: str = _field("", "run directories and published models to compare, as plain arguments or comma-separated")
+    mode: str = _field("all", "what to do", ("all", "train", "evaluate", "export", "compare", "verify"))
+    runs: str = _field(
+        "", "run directories and published models to compare or verify, as plain arguments or comma-separated"
+    )
     run_dir: str = _field("", "folder of the run; empty = runs/<folder>/<name> of the last flag file")
     dry_run: bool = _field(False, "print the resolved configuration and the parameter counts, and stop")
+    strict: bool = _field(False, "exit with code 3 where the sanity battery or a verification fails")
     progress: bool = _field(True, "show progress bars")
     data: Data = Data()
     backbone: Backbone = Backbone()

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 from rich.console import Console
 
-from kerasdefense import data, evaluation, flags, run
+from kerasdefense import data, flags, run
 from kerasdefense.data import Splits
 from kerasdefense.evaluation.report import radius
 from kerasdefense.files import replacing
@@ -49,8 +49,7 @@ def train_and_measure(name: str, console: Console) -> tuple[Outcome, Splits]:
     splits = data.load(settings.data)
     run.train(settings, splits)
     defense = run.load_defense(settings, splits)
-    results = run.evaluate(settings, splits, defense)
-    console.print(evaluation.table(results, f"{name} on digits"))
+    results = run.evaluate(settings, splits, console)
     with np.load(FOLDER / name / run.ADVERSARIAL) as found:
         image_adv, clean = found["image_adv"], found["clean"]
     return Outcome(results, image_adv, tf.nn.softmax(defense.predict(image_adv, verbose=0)).numpy(), clean), splits
@@ -95,7 +94,7 @@ def main() -> None:
     hardened, _ = train_and_measure("pgd_at", console)
     picture = FOLDER / "demo.png"
     row, label = draw(standard, hardened, splits, picture)
-    epsilon = radius(standard.results["attacks"][0]["threat_model"]["epsilon"])
+    epsilon = radius(standard.results["threat_model"]["epsilon"])
     before, after = 100 * standard.accuracy(), 100 * hardened.accuracy()
     lines = (
         f"\nAccuracy under {MEASURED}, every pixel moved by at most {epsilon} of the grey range: "

@@ -168,7 +168,7 @@ def _parse(arguments: Sequence[str]) -> config.Run:
         raise UsageError(" ".join(str(error).split())) from error
     if values["help"].value:
         raise HelpRequested(_help(values))
-    if rest and values["mode"].value != "compare":
+    if rest and values["mode"].value not in ("compare", "verify"):
         raise UsageError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
     if rest:
         values["runs"].value = ",".join(filter(None, [values["runs"].value, *rest]))
@@ -176,9 +176,20 @@ def _parse(arguments: Sequence[str]) -> config.Run:
         if values[name].value or values[name].default:
             look_up(registry, values[name].value, name.replace("_name", "").replace("_", " "))
     run = _to_run({name: values[name].value for name, _, _ in _leaves()})
-    name = "compare" if run.mode == "compare" else f"{run.data.name}/{run.defense.name}"
+    name = _default_name(run)
     run_dir = run.run_dir or Path("runs") / (config_name(arguments) or name)
     return dataclasses.replace(run, run_dir=str(Path(run_dir).expanduser()))
+
+
+def _default_name(run: config.Run) -> str:
+    """Return where under runs/ a run goes whose flags name no file and no directory."""
+    if run.mode in ("compare", "verify"):
+        return run.mode
+    if run.mode == "evaluate" and run.evaluate.model:
+        path = Path(run.evaluate.model).expanduser().resolve()
+        place = path.parent if path.suffix or path.name.isdecimal() else path
+        return f"evaluated/{place.name}"
+    return f"{run.data.name}/{run.defense.name}"
 
 
 def _to_run(values: dict[str, Any]) -> config.Run:
@@ -209,7 +220,7 @@ def _unknown_flag(flag: str) -> str:
 
 def _help(values: absl_flags.FlagValues) -> str:
     lines = ["python -m kerasdefense.run --flagfile=configs/digits/pgd_at.cfg [--flag=value ...]", ""]
-    lines.append("Train, evaluate and export one defended classifier.")
+    lines.append("Train, evaluate, export, compare and verify defended classifiers.")
     section = None
     for name, of_section, field in _leaves():
         if of_section != section:

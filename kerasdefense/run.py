@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import keras
 import tensorflow as tf
 from absl import logging
 from rich.console import Console
 
-from kerasdefense import config, data, evaluation, export, flags, training
+from kerasdefense import assess, config, data, evaluation, export, flags, training
+from kerasdefense.assess import ADVERSARIAL, RESULTS
 from kerasdefense.data import Splits
 from kerasdefense.defenses import DEFENSES, Defense
-from kerasdefense.evaluation import SUITES
-from kerasdefense.evaluation.report import note
-from kerasdefense.files import write_json, write_text
+from kerasdefense.evaluation.digests import of_file
+from kerasdefense.files import write_text
 from kerasdefense.training import MODEL
 from kerasdefense.types import InputError, UsageError
 
-RESULTS, ADVERSARIAL = "evaluation/results.json", "evaluation/adversarial.npz"
+STRICT = 3
+"""The exit code of what was done and is not to be trusted."""
 
 
 def train(run: config.Run, splits: Splits) -> None:
@@ -34,8 +36,7 @@ def train(run: config.Run, splits: Splits) -> None:
     kept = dataclasses.replace(run, export=dataclasses.replace(run.export, dir=""))  # not to publish again unasked
 
     def describe_model() -> None:
-        for outdated in (RESULTS, ADVERSARIAL):  # measured on the model that was there before
-            (run_dir / outdated).unlink(missing_ok=True)
+        shutil.rmtree(run_dir / assess.FOLDER, ignore_errors=True)  # measured on the model that was there before
         write_text(run_dir / flags.CONFIG, "\n".join(flags.to_lines(kept)) + "\n")
 
     training.train(run, splits, run_dir, on_saved=describe_model)
@@ -64,33 +65,24 @@ def load_defense(run: config.Run, splits: Splits) -> Defense:
     return defense
 
 
-def evaluate(run: config.Run, splits: Splits, defense: Defense) -> dict[str, Any]:
-    """Measure the trained model, write evaluation/ and return the results."""
-    wanted = run.evaluate
-    epsilon = wanted.epsilon or run.attack.epsilon
-    examples = min(wanted.examples or splits.test.examples, splits.test.examples)
-    measured = evaluation.evaluate(
-        defense.attack_paths(),
-        splits.test.batches(wanted.chunk_size),
-        SUITES[wanted.suite](run.attack.norm, epsilon),
-        examples=examples,
-        chunk_size=wanted.chunk_size,
-        seed=wanted.seed,
-        progress=run.progress,
-        save=Path(run.run_dir) / ADVERSARIAL,
-    )
-    results = {
-        "schema_version": 1,
-        **measured,
-        "attack_budget": defense.attack_budget,
-        "suite": wanted.suite,
-        "note": note(wanted.suite, examples),
-        "config": dataclasses.asdict(run),
-        "versions": evaluation.versions(),
-        "seed": wanted.seed,
-    }
-    evaluation.check_results(results)
-    write_json(Path(run.run_dir) / RESULTS, results)
+def evaluate(run: config.Run, splits: Splits, console: Console) -> dict[str, Any]:
+    """Measure the run's model, or the one that --evaluate_model names, print what was found and return it."""
+    if run.evaluate.model and run.mode != "evaluate":
+        raise UsageError(f"--evaluate_model goes with --mode=evaluate, not with --mode={run.mode}")
+    if run.evaluate.card:
+        folder = assess.published_folder(run.evaluate.model)
+    if run.evaluate.model:
+        model = evaluation.load_model(Path(run.evaluate.model).expanduser(), outputs=run.evaluate.outputs)
+        evaluation.check_fits(model, splits.image_shape, len(splits.labels), splits.name)
+    else:
+        model = evaluation.load_model(Path(run.run_dir) / MODEL)._replace(name=run.defense.name)
+    results = assess.assess(run, splits, model)
+    console.print(evaluation.table(results, f"{model.name} on {splits.name}"))
+    for line in (*evaluation.sanity_lines(results), *evaluation.unseen_lines(results)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(Path(run.run_dir) / assess.REPORT, highlight=False, soft_wrap=True)
+    if run.evaluate.card:
+        export.publish_figures(folder, results, Path(run.run_dir) / assess.ADVERSARIAL)
     return results
 
 
@@ -102,6 +94,8 @@ def export_model(run: config.Run, splits: Splits, defense: Defense) -> Path:
     results = json.loads((run_dir / RESULTS).read_text(encoding="utf-8")) if (run_dir / RESULTS).is_file() else None
     if results is not None:
         evaluation.check_results(results)
+        if results["model"]["digest"] != of_file(run_dir / MODEL):
+            raise InputError(f"{run_dir / RESULTS} is of another model; evaluate this one with --mode=evaluate")
     card = export.card(
         run,
         results=results,
@@ -159,42 +153,67 @@ def load_lines(run: config.Run, version: Path) -> str:
     )
 
 
-def execute(run: config.Run, console: Console) -> None:
-    """Carry out a run and print what a reader needs."""
+def verify(run: config.Run, console: Console) -> int:
+    """Check run directories and published models against what they claim; return the exit code."""
+    folders = [Path(each).expanduser() for each in run.runs.split(",") if each]
+    if not folders:
+        raise UsageError("name what to verify: --mode=verify RUN_OR_PUBLISHED_FOLDER ...")
+    agree = True
+    for folder in folders:
+        lines, right = assess.verify(folder, run.data.dir)
+        agree &= right
+        console.print(f"{folder}: {'verified' if right else 'NOT VERIFIED'}", highlight=False, soft_wrap=True)
+        for line in lines:
+            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    return 0 if agree else STRICT
+
+
+def execute(run: config.Run, console: Console) -> int:
+    """Carry out a run, print what a reader needs, and return the exit code."""
     if run.mode == "compare":
         compare(run, console)
-        return
+        return 0
+    if run.mode == "verify":
+        return verify(run, console)
     trains = run.mode in ("all", "train")
     if trains:  # several workers must find each other before anything else is done
         strategy = training.make_strategy(run.train)
     splits = data.load(run.data)
     if run.dry_run:
         print(describe(run, splits))
-        return
+        return 0
     if trains:
         train(run, splits)
         if not training.is_chief(strategy):
-            return
+            return 0
     if run.mode == "train":
         console.print(f"trained: {Path(run.run_dir) / MODEL}", highlight=False, soft_wrap=True)
-        return
-    defense = load_defense(run, splits)
+        return 0
+    return measure_and_export(run, splits, console)
+
+
+def measure_and_export(run: config.Run, splits: Splits, console: Console) -> int:
+    """Evaluate and export what is trained, as the mode says, and return the exit code."""
+    foreign = run.mode == "evaluate" and bool(run.evaluate.model)
+    defense = None if foreign else load_defense(run, splits)
+    trusted = True
     if run.mode in ("all", "evaluate"):
-        results = evaluate(run, splits, defense)
-        console.print(evaluation.table(results, f"{run.defense.name} on {splits.name}"))
-    if run.mode in ("all", "export"):
+        results = evaluate(run, splits, console)
+        trusted = results["trusted"] and bool(results["sanity"])  # what was not checked is not trusted either
+    if defense is not None and run.mode in ("all", "export"):
         version = export_model(run, splits, defense)
         console.print(load_lines(run, version), markup=False, highlight=False, soft_wrap=True)
+    return STRICT if run.strict and not trusted else 0
 
 
-def guarded(work: Callable[[], None], *, verbosity: int = 0) -> int:
-    """Do the work of a command line and return its exit code: 0 done, 2 wrong usage, 1 anything else."""
+def guarded(work: Callable[[], Optional[int]], *, verbosity: int = 0) -> int:
+    """Do the work of a command line and return its exit code: its own or 0, 2 for wrong usage, 1 for anything else."""
     if verbosity < 1:
         warnings.simplefilter("ignore")
         logging.set_verbosity(logging.ERROR)
         tf.get_logger().setLevel("ERROR")
     try:
-        work()
+        return work() or 0
     except flags.HelpRequested as request:
         print(request)
     except KeyboardInterrupt:

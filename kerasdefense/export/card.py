@@ -53,7 +53,7 @@ def card(
             "deviations": _deviations(look_up(DEFENSES, run.defense.name, "defense"), run.defense.awp_gamma),
         },
         "backbone": Path(run.backbone.path).name or run.backbone.name,
-        "figures": None if results is None else _figures(results),
+        "figures": None if results is None else figures(results),
         "config": dataclasses.asdict(_without_places(run)),
         "versions": dict(versions),
         "seed": run.train.seed,
@@ -77,14 +77,16 @@ def check_card(content: Mapping[str, Any]) -> None:
     check_schema(content, _SCHEMA, "card.json")
 
 
-def _figures(results: Mapping[str, Any]) -> dict[str, Any]:
+def figures(results: Mapping[str, Any]) -> dict[str, Any]:
     """Return what was measured, and all that one must know to read it."""
-    taken = ("attack_budget", "clean_accuracy", "robust_accuracy", "suite", "note", "seed")
-    of_attack = ("name", "path", "accuracy", "ci95")
+    taken = ("attack_budget", "clean_accuracy", "robust_accuracy", "rounded_accuracy", "suite", "note", "seed")
+    judged = ("threat_model", "cascade", "complete", "trusted")
+    of_attack = ("name", "path", "accuracy", "cascaded_accuracy", "ci95", "attacked")
     return {
-        **{key: results[key] for key in taken},
+        **{key: results[key] for key in (*taken, *judged)},
         "attacks": [{key: attack[key] for key in of_attack} for attack in results["attacks"]],
-        "threat_model": dict(results["attacks"][0]["threat_model"]),
+        "sanity": {item["id"]: item["status"] for item in results["sanity"]},
+        "model_digest": results["model"]["digest"],
     }
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from kerasdefense.defenses import Defense, as_kept
+from kerasdefense.export.card import check_card, figures
 from kerasdefense.export.saved_model import CARD
-from kerasdefense.files import replacing
+from kerasdefense.files import replacing, write_json
+from kerasdefense.types import InputError
 
 MODEL, OUTCOMES = "model.keras", "outcomes.npz"
 
@@ -22,12 +27,48 @@ def publish(defense: Defense, version: Path, adversarial: Path) -> None:
         version: the version's folder, `<name>/<version>`.
         adversarial: the evaluation's .npz file; its images stay where they are.
     """
-    with np.load(adversarial) as found:
-        outcomes = {name: found[name] for name in found.files if name != "image_adv"}
     folder = version.parent
     with replacing(folder / MODEL) as temporary:
         as_kept(defense, optimizer=False).save(temporary)
-    with replacing(folder / OUTCOMES) as temporary:
-        np.savez_compressed(temporary, **outcomes)
+    _write_outcomes(folder, adversarial)
     with replacing(folder / CARD) as temporary:
         shutil.copyfile(version / CARD, temporary)
+
+
+def publish_figures(folder: Path, results: Mapping[str, Any], adversarial: Path) -> None:
+    """Replace what the cards of a published folder say was measured, and every image's outcomes.
+
+    Args:
+        folder: the published folder.
+        results: what the evaluation of its model wrote to results.json.
+        adversarial: the evaluation's .npz file.
+
+    Raises:
+        InputError: figures that are incomplete, of another model or of another data set than the card's.
+    """
+    _check_match(folder, results)
+    cards = [folder / CARD, *(path / CARD for path in sorted(folder.iterdir()) if path.name.isdecimal())]
+    for path in cards:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        budget = results["attack_budget"]
+        card["figures"] = figures({**results, "attack_budget": 0 if budget is None else budget})
+        check_card(card)
+        write_json(path, card)
+    _write_outcomes(folder, adversarial)
+
+
+def _check_match(folder: Path, results: Mapping[str, Any]) -> None:
+    card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    if not results["complete"]:
+        raise InputError("the evaluation is not complete; figures that are an upper bound do not go on a card")
+    evaluated = {name: results["config"]["data"][name] for name in ("name", "open_set_split")}
+    described = {name: card["data"][name] for name in evaluated}
+    if evaluated != described:
+        raise InputError(f"the model was evaluated on {evaluated}, but its card is of {described}")
+
+
+def _write_outcomes(folder: Path, adversarial: Path) -> None:
+    with np.load(adversarial) as found:
+        outcomes = {name: found[name] for name in found.files if not name.startswith("image_adv")}
+    with replacing(folder / OUTCOMES) as temporary:
+        np.savez_compressed(temporary, **outcomes)

@@ -7,14 +7,14 @@ import pytest
 import tensorflow as tf
 
 from benchmarks import __main__ as benchmark
-from benchmarks import groups, peers
+from benchmarks import attack_peers, groups, peers
 from benchmarks.case import Case
 from benchmarks.floor import floor
 from benchmarks.timing import Timing, time_in_turns
 from benchmarks.training_step import Measurement
 
 CASE = Case("small_cnn", width=4, image_shape=(8, 8, 1), batch_size=10)
-PEERS, CONTROLS, CHECKPOINTS = groups.GROUPS
+PEERS, CONTROLS, CHECKPOINTS = (group for group in groups.GROUPS if group.kind == "training")
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,7 @@ def art():
     """Import ART before a test captures: its import closes all logging handlers, and absl's one its stream with it."""
     if peers.has_art():
         peers.import_art()
+        attack_peers.import_art_attacks()
 
 
 def measurement(*, ours=1.0, retraces=0, **others):
@@ -46,9 +47,12 @@ def test_quick_benchmark_fills_every_column_and_never_retraces(art, capsys, tmp_
         ["mirrored", "none"],
         ["mirrored"],
         ["mirrored"],
+        ["evaluation"],
+        ["evaluation"],
     ]
     for table in tables:
-        assert [row["retraces"] for row in table["rows"]] == [0] * len(table["rows"])
+        if "retraces" in table["rows"][0]:
+            assert [row["retraces"] for row in table["rows"]] == [0] * len(table["rows"])
         (rounds,) = table["rounds"].values()
         assert {len(values) for values in rounds["seconds"].values()} == {2}
     for row in tables[0]["rows"] + tables[1]["rows"]:
@@ -111,6 +115,25 @@ def test_benchmark_without_art_says_which_extra_to_install(monkeypatch, capsys):
     assert printed.count("not installed") == 3  # a line of its own, and two columns
 
 
+def test_only_one_kind_of_tables_is_measured_where_one_is_asked_for(monkeypatch, capsys):
+    kinds = []
+
+    def measure_group(group, options, console):
+        kinds.append(group.kind)
+        return [], {}
+
+    monkeypatch.setattr(benchmark, "measure_group", measure_group)
+    for kind in ("training", "attacks"):
+        kinds.clear()
+        assert benchmark.main([f"--only={kind}"]) == 0
+        assert set(kinds) == {kind}
+    assert "strength" not in capsys.readouterr().out
+    kinds.clear()
+    assert benchmark.main([]) == 0
+    assert set(kinds) == {"training", "attacks"}
+    assert "strength is left out: --data_dir is not given" in capsys.readouterr().out
+
+
 def test_busy_machine_is_reported(monkeypatch, capsys):
     seconds = {"floor": [1.0, 1.0, 1.5, 3.0, 3.0], "mirrored": [1.0] * 5, "cleverhans": [1.0] * 5}
     script(monkeypatch, PEERS, Measurement(Timing(seconds, seconds), {"mirrored": 0}))
@@ -151,8 +174,9 @@ def test_floor_takes_no_pass_that_the_method_could_do_without(monkeypatch, contr
     assert [gradient.shape for gradient in gradients] == [tuple(each.shape) for each in model.trainable_variables]
 
 
-def test_rounds_below_one_are_refused(capsys):
+@pytest.mark.parametrize("name", ["rounds", "images"])
+def test_rounds_and_images_below_one_are_refused(name, capsys):
     with pytest.raises(SystemExit) as stopped:
-        benchmark.main(["--rounds=0"])
+        benchmark.main([f"--{name}=0"])
     assert stopped.value.code == 2
-    assert "--rounds must be at least 1, not 0" in capsys.readouterr().err
+    assert f"--{name} must be at least 1, not 0" in capsys.readouterr().err

@@ -8,15 +8,23 @@ from kerasdefense.defenses import DEFENSES
 
 ACCURACY = {"value": 0.5, "n": 10, "ci95": [0.2, 0.8]}
 RESULTS = {
-    "schema_version": 1,
+    "schema_version": 2,
+    "threat_model": {"norm": "linf", "epsilon": 0.2},
     "clean_accuracy": {"value": 0.9, "n": 10, "ci95": [0.6, 0.98]},
     "robust_accuracy": ACCURACY,
+    "rounded_accuracy": ACCURACY,
+    "cascade": False,
+    "complete": True,
+    "trusted": True,
+    "sanity": [{"id": "S1", "status": "pass"}, {"id": "S9", "status": "not_run"}],
+    "model": {"name": "standard", "digest": "0" * 64},
     "attacks": [
         {
             "name": "pgd20",
             "path": "exact",
-            "threat_model": {"norm": "linf", "epsilon": 0.2},
+            "attacked": 9,
             "accuracy": 0.5,
+            "cascaded_accuracy": 0.5,
             "ci95": [0.2, 0.8],
         }
     ],
@@ -87,7 +95,22 @@ def test_card_carries_figures_with_their_own_threat_model():
     assert make_card()["figures"] == {
         "clean_accuracy": RESULTS["clean_accuracy"],
         "robust_accuracy": ACCURACY,
-        "attacks": [{"name": "pgd20", "path": "exact", "accuracy": 0.5, "ci95": [0.2, 0.8]}],
+        "rounded_accuracy": ACCURACY,
+        "attacks": [
+            {
+                "name": "pgd20",
+                "path": "exact",
+                "accuracy": 0.5,
+                "cascaded_accuracy": 0.5,
+                "ci95": [0.2, 0.8],
+                "attacked": 9,
+            }
+        ],
+        "cascade": False,
+        "complete": True,
+        "trusted": True,
+        "sanity": {"S1": "pass", "S9": "not_run"},
+        "model_digest": "0" * 64,
         "attack_budget": 7,
         "threat_model": {"norm": "linf", "epsilon": 0.2},
         "suite": "standard",

@@ -1,0 +1,257 @@
+"""Evaluate a trained, published or foreign model on a data set, keep what was found, and verify it later.
+
+This joins data, evaluation and export; each of them knows nothing of the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from kerasdefense import config, data, evaluation, export
+from kerasdefense.attacks import norms
+from kerasdefense.data import Split, Splits
+from kerasdefense.evaluation import Loaded, Options, ThreatModel
+from kerasdefense.evaluation.digests import of_file
+from kerasdefense.evaluation.html import choose_examples, write_report
+from kerasdefense.evaluation.report import note
+from kerasdefense.evaluation.robustness import SURROGATE
+from kerasdefense.evaluation.search import FRESH_DRAWS, Chunk, ExactPath
+from kerasdefense.export.saved_model import CARD, digests
+from kerasdefense.files import write_json
+from kerasdefense.types import InputError, UsageError
+
+FOLDER = "evaluation"
+RESULTS, ADVERSARIAL, REPORT, ENTRY, STATE = (
+    f"{FOLDER}/{name}" for name in ("results.json", "adversarial.npz", "report.html", "robustbench.json", "state")
+)
+
+
+def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
+    """Measure a model on the test images, write evaluation/ of the run directory and return the results."""
+    wanted, run_dir = run.evaluate, Path(run.run_dir)
+    own = model.threat_model or ThreatModel(run.attack.norm, run.attack.epsilon)
+    if wanted.norm and wanted.norm != own.norm and not wanted.epsilon:
+        raise UsageError(f"--evaluate_norm={wanted.norm} needs --evaluate_epsilon: the model was made for {own.norm}")
+    threat_model = ThreatModel(wanted.norm or own.norm, wanted.epsilon or own.epsilon)
+    journal = run_dir / STATE
+    if wanted.resume == "never":
+        shutil.rmtree(journal, ignore_errors=True)
+    options = Options(
+        examples=min(wanted.examples or splits.test.examples, splits.test.examples),
+        chunk_size=wanted.chunk_size,
+        seed=wanted.seed,
+        minutes=wanted.minutes,
+        progress=run.progress,
+        journal=journal,
+        model=model.digest,
+    )
+    results = evaluation.evaluate(
+        {**model.attack_paths, **_surrogates(run, splits)},
+        splits.test.batches(wanted.chunk_size),
+        threat_model,
+        wanted.suite,
+        options=options,
+        alone=wanted.alone,
+        is_randomised=model.is_randomised,
+        sanity_examples=wanted.sanity_examples,
+        features=model.features,
+        look_outside=wanted.unseen,
+        save=run_dir / ADVERSARIAL,
+    )
+    results = {
+        "schema_version": 2,
+        **results,
+        "attack_budget": model.attack_budget,
+        "suite": wanted.suite,
+        "note": note(results, wanted.suite),
+        "config": _config(run),
+        "versions": evaluation.versions(),
+        "seed": wanted.seed,
+        "model": {"name": model.name, "digest": model.digest},
+        "adversarial_sha256": of_file(run_dir / ADVERSARIAL),
+    }
+    _write(run_dir, results, splits, model)
+    if results["complete"]:
+        shutil.rmtree(journal, ignore_errors=True)
+    return results
+
+
+def _config(run: config.Run) -> dict[str, Any]:
+    """Return the configuration; of a model from elsewhere, only what concerns its evaluation."""
+    settings = dataclasses.asdict(run)
+    if not run.evaluate.model:
+        return settings
+    return {name: settings[name] for name in ("mode", "run_dir", "strict", "data", "evaluate")}
+
+
+def _surrogates(run: config.Run, splits: Splits) -> dict[str, Any]:
+    """Return the exact paths of the surrogates, by the names that evaluation knows them by."""
+    paths = {}
+    for each in filter(None, run.evaluate.surrogates.split(",")):
+        model = evaluation.load_model(Path(each))
+        evaluation.check_fits(model, splits.image_shape, len(splits.labels), splits.name)
+        name = f"{SURROGATE}{model.name}"
+        if name in paths:
+            raise UsageError(f"--evaluate_surrogates names two models called {model.name}; rename one")
+        paths[name] = model.attack_paths["exact"]
+    return paths
+
+
+def _write(run_dir: Path, results: Mapping[str, Any], splits: Splits, model: Loaded) -> None:
+    """Write results.json, the report page and the RobustBench entry."""
+    evaluation.check_results(results)
+    write_json(run_dir / RESULTS, results)
+    write_json(run_dir / ENTRY, evaluation.robustbench_entry(results, name=model.name))
+    with np.load(run_dir / ADVERSARIAL) as stored:
+        arrays = {name: stored[name][:_SHOWN] for name in ("index", "label", "image_adv")}
+    image = images_of(splits.test, arrays["index"])
+    exact = ExactPath(model.attack_paths["exact"], seed=results["seed"], chunk_size=256)
+
+    def answers(images: np.ndarray) -> np.ndarray:
+        return exact.logits(Chunk(images, arrays["label"], arrays["index"])).argmax(axis=1)
+
+    examples = choose_examples(
+        image,
+        arrays["image_adv"],
+        arrays["label"],
+        answers(image),
+        answers(arrays["image_adv"]),
+        splits.labels,
+    )
+    write_report(run_dir / REPORT, results, title=f"{model.name} on {splits.name}", images=examples)
+
+
+_SHOWN = 512
+"""Images among which those of the report are chosen."""
+
+
+def images_of(split: Split, index: np.ndarray) -> np.ndarray:
+    """Return images float32 [n, h, w, c] of a split by their numbers, in the order of `index`."""
+    place = {int(number): row for row, number in enumerate(index)}
+    found = np.zeros([len(index), *split.image_shape], np.float32)
+    missing = set(place)
+    for batch in split.batches(512).as_numpy_iterator():
+        for number, image in zip(batch["index"], batch["image"]):
+            if int(number) in missing:
+                found[place[int(number)]] = image
+                missing.discard(int(number))
+        if not missing:
+            return found
+    raise InputError(f"the data set has no test image {min(missing)}; it is not the one that was evaluated on")
+
+
+def verify(folder: Path, data_dir: str) -> tuple[list[str], bool]:
+    """Check what a run directory or a published folder claims, in this process and with no state of the evaluation's.
+
+    Digests are computed anew. The adversarial images of a run are checked against ball and box and scored again.
+
+    Args:
+        folder: a run directory that was evaluated, or a published folder.
+        data_dir: where the data set lies now; empty = where the evaluation found it.
+
+    Returns:
+        Lines to print, and whether everything agrees.
+
+    Raises:
+        InputError: there is nothing to verify, or a file cannot be read.
+    """
+    if (folder / CARD).is_file():
+        return _verify_published(folder)
+    results = evaluation.read_results(folder)
+    model = evaluation.load_model(_model_path(folder, results), outputs=results["config"]["evaluate"]["outputs"])
+    checks = [
+        ("model", results["model"]["digest"], model.digest),
+        (ADVERSARIAL, results["adversarial_sha256"], of_file(folder / ADVERSARIAL)),
+    ]
+    lines = [_agreement(name, claimed, found) for name, claimed, found in checks]
+    right = all(claimed == found for _, claimed, found in checks)
+    scored, feasible = _score_again(folder, results, model, data_dir)
+    claims = {"clean accuracy": "clean_accuracy", "robust accuracy": "robust_accuracy"}
+    for words, key in claims.items():
+        claimed, found = results[key]["value"], scored[key]
+        agrees = abs(claimed - found) < 1e-9
+        excused = results["flags"]["randomised"] and not results["flags"].get("keyed")
+        right &= agrees or excused
+        verdict = "ok" if agrees else ("a random model without seeds" if excused else "DIFFERS")
+        lines.append(f"{words}: {100 * claimed:.2f} % recorded, {100 * found:.2f} % scored again: {verdict}")
+    threat = results["threat_model"]
+    where = f"{threat['norm']} ball of radius {evaluation.radius(threat['epsilon'])} and box [0, 1]"
+    lines.append(
+        f"adversarial images: {feasible['outside']} of {feasible['n']} outside the {where}, largest "
+        f"distance {feasible['largest']:.6f}"
+    )
+    return lines, right and not feasible["outside"]
+
+
+def _model_path(folder: Path, results: Mapping[str, Any]) -> Path:
+    return Path(results["config"]["evaluate"]["model"] or folder / "model.keras").expanduser()
+
+
+def _score_again(
+    folder: Path, results: Mapping[str, Any], model: Loaded, data_dir: str
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return the accuracies of the stored images, and how many of them leave ball or box."""
+    settings = config.Data(**results["config"]["data"])
+    splits = data.load(dataclasses.replace(settings, dir=data_dir or settings.dir))
+    with np.load(folder / ADVERSARIAL) as stored:
+        image_adv, index, label = (stored[name] for name in ("image_adv", "index", "label"))
+    image = images_of(splits.test, index)
+    draws = FRESH_DRAWS if results["flags"]["randomised"] else 1
+    exact = ExactPath(model.attack_paths["exact"], seed=results["seed"], chunk_size=256, draws=draws)
+    clean, attacked = (exact.is_right(Chunk(each, label, index)) for each in (image, image_adv))
+    threat = results["threat_model"]
+    distance = norms.length(tf.constant(image_adv - image), threat["norm"]).numpy()
+    flat = image_adv.reshape(len(label), -1)
+    outside = (distance > threat["epsilon"] * (1 + 1e-5) + 1e-7) | ~((flat >= 0) & (flat <= 1)).all(axis=1)
+    accuracies = {"clean_accuracy": float(clean.mean()), "robust_accuracy": float((clean & attacked).mean())}
+    return accuracies, {"outside": int(outside.sum()), "n": len(label), "largest": float(distance.max())}
+
+
+def _verify_published(folder: Path) -> tuple[list[str], bool]:
+    lines, right = [], True
+    card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    export.check_card(card)
+    versions = [path for path in sorted(folder.iterdir()) if path.name.isdecimal()]
+    if not versions:
+        raise InputError(f"{folder} holds no version to verify")
+    for version in versions:
+        own = json.loads((version / CARD).read_text(encoding="utf-8"))
+        found = digests(version)
+        for name in sorted({*own["files"], *found}):
+            claimed, there = own["files"].get(name, "not in the card"), found.get(name, "missing")
+            right &= claimed == there
+            lines.append(_agreement(f"{version.name}/{name}", claimed, there))
+    if card["figures"]:
+        outcomes = evaluation.read_outcomes(folder)  # raises where outcomes and figures are not of one evaluation
+        accuracies = f"clean {100 * outcomes.clean.mean():.2f} %, robust {100 * outcomes.robust.mean():.2f} %"
+        lines.append(f"outcomes of {len(outcomes.clean):,} images agree with the card: {accuracies}")
+        digest = card["figures"].get("model_digest")
+        if digest:
+            found_digest = evaluation.load_model(folder).digest
+            right &= digest == found_digest
+            lines.append(_agreement("model.keras", digest, found_digest))
+    lines.append("adversarial images are not published with a model: evaluate it to score some")
+    return lines, right
+
+
+def _agreement(name: str, claimed: str, found: str) -> str:
+    verdict = "ok" if claimed == found else f"DIFFERS, {claimed[:12]} recorded, {found[:12]} found"
+    return f"{name}: {verdict}"
+
+
+def published_folder(path: str) -> Path:
+    """Return the published folder that a model's path names or lies in, or raise a UsageError."""
+    given = Path(path).expanduser()
+    folder = given if given.is_dir() else given.parent
+    folder = folder.parent if folder.name.isdecimal() else folder
+    if not (folder / CARD).is_file():
+        raise UsageError(f"--evaluate_card needs --evaluate_model to name a published folder; {folder} has no {CARD}")
+    return folder

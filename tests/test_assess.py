@@ -1,0 +1,257 @@
+"""Evaluating any model from the command line, and verifying later what was found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from sklearn.datasets import load_digits
+
+from kerasdefense import assess, config, data, evaluation, export, run
+from kerasdefense.evaluation.digests import of_file
+from kerasdefense.types import InputError
+
+QUICK = ["--mode=evaluate", "--evaluate_suite=quick", "--evaluate_sanity_examples=16", "--noprogress"]
+QUICK += ["--evaluate_examples=24", "--attack_epsilon=0.1"]
+
+
+def classifier(*, activation=None, classes=10):
+    image = keras.Input([8, 8, 1])
+    tensor = keras.layers.Conv2D(8, 3, activation="relu", kernel_initializer=keras.initializers.GlorotUniform(0))(image)
+    tensor = keras.layers.Flatten()(tensor)
+    dense = keras.layers.Dense(classes, activation, kernel_initializer=keras.initializers.GlorotUniform(1))
+    return keras.Model(image, dense(tensor))
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A Keras model that no code of ours has trained."""
+    data = load_digits()
+    image, label = (data.images[..., None] / 16).astype(np.float32), data.target
+    model = classifier()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(0.01), loss=loss)
+    model.fit(image[:1200], label[:1200], batch_size=100, epochs=4, shuffle=False, verbose=0)
+    path = tmp_path_factory.mktemp("foreign") / "mine.keras"
+    model.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def evaluated(foreign, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "mine"
+    assert run.main([*QUICK, f"--evaluate_model={foreign}", f"--run_dir={run_dir}"]) == 0
+    return run_dir
+
+
+def results_of(run_dir):
+    return json.loads((run_dir / assess.RESULTS).read_text())
+
+
+def test_foreign_model_is_evaluated_into_its_directory(evaluated, foreign):
+    names = {path.name for path in (evaluated / assess.FOLDER).iterdir()}
+    assert names == {"results.json", "adversarial.npz", "report.html", "robustbench.json"}
+    results = results_of(evaluated)
+    assert results["attack_budget"] is None and results["model"]["name"] == "mine"
+    assert results["model"]["digest"] == of_file(foreign)
+    assert 0 <= results["robust_accuracy"]["value"] < results["clean_accuracy"]["value"]
+    entry = json.loads((evaluated / assess.ENTRY).read_text())
+    assert entry["measured"]["n"] == 24 and "autoattack_acc" not in entry
+
+
+def test_evaluation_is_verified_in_a_process_without_its_state(evaluated, capsys):
+    assert run.main(["--mode=verify", str(evaluated)]) == 0
+    out = capsys.readouterr().out
+    results = results_of(evaluated)
+    for key in ("clean_accuracy", "robust_accuracy"):
+        percent = f"{100 * results[key]['value']:.2f} %"
+        assert f"{percent} recorded, {percent} scored again: ok" in out
+    assert "verified" in out and "0 of 24 outside the linf ball of radius 0.1" in out and "DIFFERS" not in out
+
+
+@pytest.fixture
+def tampered(evaluated, tmp_path):
+    folder = tmp_path / "tampered"
+    shutil.copytree(evaluated, folder)
+    return folder
+
+
+def change_images(folder, change):
+    path = folder / assess.ADVERSARIAL
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    change(arrays)
+    np.savez_compressed(path, **arrays)
+
+
+def test_images_that_leave_the_ball_are_not_verified(tampered, capsys):
+    change_images(tampered, lambda arrays: arrays["image_adv"].__setitem__((0, 3, 3, 0), 1.5))
+    assert run.main(["--mode=verify", str(tampered)]) == 3
+    out = capsys.readouterr().out
+    assert "NOT VERIFIED" in out and "adversarial.npz: DIFFERS" in out and "1 of 24 outside" in out
+
+
+def test_claim_that_the_images_do_not_support_is_not_verified(tampered, capsys):
+    results = results_of(tampered)
+    results["robust_accuracy"]["value"] = 0.99
+    (tampered / assess.RESULTS).write_text(json.dumps(results))
+    assert run.main(["--mode=verify", str(tampered)]) == 3
+    assert "robust accuracy: 99.00 % recorded" in capsys.readouterr().out
+
+
+def test_other_model_is_not_verified(tampered, tmp_path, capsys):
+    other = tmp_path / "other.keras"
+    classifier().save(other)
+    results = results_of(tampered)
+    results["config"]["evaluate"]["model"] = str(other)
+    (tampered / assess.RESULTS).write_text(json.dumps(results))
+    assert run.main(["--mode=verify", str(tampered)]) == 3
+    assert "model: DIFFERS" in capsys.readouterr().out
+
+
+def test_nothing_to_verify_is_one_line(tmp_path, capsys):
+    assert run.main(["--mode=verify", str(tmp_path)]) == 1
+    assert "evaluate it first" in capsys.readouterr().err
+    assert run.main(["--mode=verify"]) == 2
+    assert "name what to verify" in capsys.readouterr().err
+
+
+def test_published_model_is_verified_by_its_digests(tmp_path, capsys):
+    published = tmp_path / "model"
+    shutil.copytree(Path(__file__).parents[1] / "saved_models/standard_cifar10_mini", published)
+    assert run.main(["--mode=verify", str(published)]) == 0
+    assert "outcomes of 1,000 images agree with the card" in capsys.readouterr().out
+    (published / "1/assets/labels.txt").write_text("cat\n")
+    assert run.main(["--mode=verify", str(published)]) == 3
+    assert "1/assets/labels.txt: DIFFERS" in capsys.readouterr().out
+
+
+def test_masked_model_is_marked_and_strict_exits_with_3(tmp_path, capsys):
+    @keras.saving.register_keras_serializable(package="tests")
+    class Quantise(keras.layers.Layer):
+        def call(self, image):
+            return tf.round(image * 3) / 3
+
+    image = keras.Input([8, 8, 1])
+    keras.Model(image, keras.layers.Dense(10)(keras.layers.Flatten()(Quantise()(image)))).save(tmp_path / "q.keras")
+    arguments = [*QUICK, f"--evaluate_model={tmp_path / 'q.keras'}", f"--run_dir={tmp_path / 'run'}"]
+    assert run.main([*arguments, "--strict"]) == 3
+    out = capsys.readouterr().out
+    assert "NOT TO BE TRUSTED" in out and "S10 failed" in out
+    assert not results_of(tmp_path / "run")["trusted"]
+    assert "not to be trusted" in (tmp_path / "run" / assess.REPORT).read_text().lower()
+    assert run.main(arguments) == 0
+
+
+@pytest.mark.parametrize(
+    "make, arguments, code, message",
+    [
+        ({"activation": "softmax"}, [], 1, "--evaluate_outputs=probabilities"),
+        ({"classes": 7}, [], 1, "7 classes"),
+        ({}, ["--evaluate_outputs=probabilities"], 1, "probabilities"),
+        ({}, ["--evaluate_epsilon=-1"], 2, "--evaluate_epsilon=-1"),
+        ({}, ["--attack_epsilon=0"], 2, "epsilon must be a finite number above 0"),
+        ({}, ["--evaluate_suite=strong"], 2, "unknown evaluate suite 'strong'; valid: adaptive, autoattack, blackbox"),
+        ({}, ["--evaluate_card"], 2, "--evaluate_card needs --evaluate_model to name a published folder"),
+        ({}, ["--evaluate_surrogates=nowhere.keras", "--evaluate_suite=blackbox"], 1, "nowhere.keras"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(make, arguments, code, message, tmp_path, capsys):
+    classifier(**make).save(tmp_path / "m.keras")
+    given = [*QUICK, f"--evaluate_model={tmp_path / 'm.keras'}", f"--run_dir={tmp_path / 'run'}", *arguments]
+    assert run.main(given) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
+    assert not (tmp_path / "run" / assess.RESULTS).exists()
+
+
+def test_softmax_model_is_evaluated_when_it_is_converted(tmp_path):
+    classifier(activation="softmax").save(tmp_path / "m.keras")
+    given = [*QUICK, f"--evaluate_model={tmp_path / 'm.keras'}", f"--run_dir={tmp_path / 'run'}"]
+    assert run.main([*given, "--evaluate_outputs=probabilities"]) == 0
+
+
+def test_stopped_evaluation_says_so_and_goes_on(foreign, tmp_path, capsys):
+    given = [*QUICK, f"--evaluate_model={foreign}", f"--run_dir={tmp_path / 'run'}"]
+    assert run.main([*given, "--evaluate_minutes=1e-6"]) == 0
+    out = capsys.readouterr().out
+    assert "Upper bound: the time was up" in out and "at most" in out
+    assert (tmp_path / "run" / assess.STATE).is_dir() and not results_of(tmp_path / "run")["complete"]
+    other = tmp_path / "other.keras"
+    classifier().save(other)
+    assert run.main([*QUICK, f"--evaluate_model={other}", f"--run_dir={tmp_path / 'run'}"]) == 1
+    assert "holds an evaluation of another model" in capsys.readouterr().err
+    assert run.main(given) == 0
+    assert results_of(tmp_path / "run")["complete"] and not (tmp_path / "run" / assess.STATE).exists()
+
+
+def test_figures_of_a_published_model_are_replaced(tmp_path):
+    published = tmp_path / "model"
+    shutil.copytree(Path(__file__).parents[1] / "saved_models/standard_cifar10_mini", published)
+    before = json.loads((published / "card.json").read_text())
+    count = 24
+    random = np.random.default_rng(0)
+    arrays = {
+        "index": np.arange(count),
+        "label": np.zeros(count, np.int32),
+        "clean": np.ones(count, bool),
+        "survived": random.uniform(size=[count, 1]) < 0.5,
+        "attacks": np.array(["apgd_ce"]),
+        "image_adv": np.zeros([count, 2, 2, 1], np.float32),
+    }
+    np.savez(tmp_path / "a.npz", **arrays)
+    robust = evaluation.accuracy_interval(arrays["survived"][:, 0])
+    results = {
+        "attack_budget": None,
+        "clean_accuracy": evaluation.accuracy_interval(arrays["clean"]),
+        "robust_accuracy": robust,
+        "rounded_accuracy": robust,
+        "suite": "autoattack",
+        "note": "a note",
+        "seed": 0,
+        "threat_model": {"norm": "linf", "epsilon": 8 / 255},
+        "cascade": True,
+        "complete": True,
+        "trusted": True,
+        "sanity": [{"id": "S1", "status": "pass"}],
+        "model": {"digest": "0" * 64},
+        "config": {"data": {"name": "cifar10", "open_set_split": ""}},
+        "attacks": [
+            {
+                "name": "apgd_ce",
+                "path": "exact",
+                "accuracy": robust["value"],
+                "cascaded_accuracy": robust["value"],
+                "ci95": robust["ci95"],
+                "attacked": count,
+            }
+        ],
+    }
+    for change in ({"complete": False}, {"config": {"data": {"name": "mnist", "open_set_split": ""}}}):
+        with pytest.raises(InputError, match=r"not complete|but its card is of"):
+            export.publish_figures(published, {**results, **change}, tmp_path / "a.npz")
+    export.publish_figures(published, results, tmp_path / "a.npz")
+    card = json.loads((published / "card.json").read_text())
+    assert card == json.loads((published / "1/card.json").read_text())
+    assert card["figures"]["suite"] == "autoattack" and card["figures"]["sanity"] == {"S1": "pass"}
+    assert {name: card[name] for name in card if name != "figures"} == {
+        name: before[name] for name in before if name != "figures"
+    }
+    read = evaluation.read_outcomes(published)
+    np.testing.assert_array_equal(read.robust, arrays["survived"][:, 0])
+    with np.load(published / "outcomes.npz") as file:
+        assert "image_adv" not in file.files
+
+
+def test_images_are_found_by_their_numbers():
+    split = data.load(config.Data()).test
+    every = np.concatenate([batch["image"] for batch in split.batches(100).as_numpy_iterator()])
+    numbers = np.concatenate([batch["index"] for batch in split.batches(100).as_numpy_iterator()])
+    np.testing.assert_array_equal(assess.images_of(split, numbers[[5, 2, 300]]), every[[5, 2, 300]])
+    with pytest.raises(InputError, match="has no test image"):
+        assess.images_of(split, np.array([10**6]))
