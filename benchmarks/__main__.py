@@ -1,4 +1,8 @@
-"""python -m benchmarks: training steps against their floor and other libraries, and what a checkpoint costs."""
+"""python -m benchmarks: training steps and attacks against other libraries, and against what must be.
+
+Three kinds of tables: `training` (steps against their floor and other libraries, checkpoints), `attacks` (how fast ours
+are), and `strength` (what ours leave right of published models; this one needs --data_dir).
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,16 @@ from typing import Any, Optional
 
 from rich.console import Console
 
+from benchmarks import strength
+from benchmarks.attack_case import Target
 from benchmarks.groups import GROUPS, Group
 from benchmarks.peers import has_art
 from benchmarks.tables import Row, misses_of, table_of
+from kerasdefense.attacks import has_foolbox
 from kerasdefense.files import write_json
 
 BUSY = 1.2
+KINDS = ("training", "attacks", "strength")
 WIDTH = 160  # never cut a column: a narrower terminal wraps the lines
 
 
@@ -41,9 +49,25 @@ def measure_group(group: Group, options: argparse.Namespace, console: Console) -
     return rows, rounds
 
 
+def measure_strength(options: argparse.Namespace, console: Console) -> list[Row]:
+    """Measure and print what attacks leave right; return the rows, or say on one line why there are none."""
+    lacking = strength.missing(options.data_dir)
+    if lacking:
+        console.print(f"strength is left out: {lacking}", markup=False)
+        return []
+    rows: list[Row] = []
+    image, label = strength.first_images(options.data_dir, options.images)
+    for case in strength.QUICK_CASES if options.quick else strength.CASES:
+        with console.status(f"attacking {case.name}"):
+            rows += strength.rows_of_strength(case, Target(strength.load_classifier(case.model), image, label))
+    console.print(table_of(strength.title(options.images), strength.COLUMNS, rows, strategy="attacked by"))
+    return rows
+
+
 def machine() -> dict[str, Any]:
     """Return what the figures depend on besides the code."""
-    packages = ("tensorflow", "keras", "cleverhans", *(["adversarial-robustness-toolbox"] if has_art() else []))
+    optional = {"adversarial-robustness-toolbox": has_art(), "foolbox": has_foolbox()}
+    packages = ("tensorflow", "keras", "cleverhans", *(name for name, is_here in optional.items() if is_here))
     versions = {name: metadata.version(name) for name in packages}
     return {"processors": os.cpu_count(), "architecture": platform.machine(), "versions": versions}
 
@@ -51,10 +75,15 @@ def machine() -> dict[str, Any]:
 def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", choices=KINDS, help="tables of one kind")
     parser.add_argument(
         "--quick", action="store_true", help="one small case of each table and few rounds, to see that it works"
     )
-    parser.add_argument("--rounds", type=int, help="times each step is timed (default 20; 5 with --quick)")
+    parser.add_argument(
+        "--rounds", type=int, help="times each step is timed (default 20; 5 with --quick; attacks at most 2 to 5)"
+    )
+    parser.add_argument("--data_dir", default="", help="TFDS folder with cifar10, for strength; else it is left out")
+    parser.add_argument("--images", type=int, help="images for strength (default 256; 16 with --quick)")
     parser.add_argument("--output", type=Path, help="JSON file for the figures and the seconds of every round")
     parser.add_argument("--no-check", action="store_true", help="exit with 0 even if a figure is not what it must be")
     options = parser.parse_args(arguments)
@@ -62,22 +91,37 @@ def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
         options.rounds = 5 if options.quick else 20
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, not {options.rounds}")
+    if options.images is None:
+        options.images = strength.QUICK_IMAGES if options.quick else strength.IMAGES
+    if options.images < 1:
+        parser.error(f"--images must be at least 1, not {options.images}")
     return options
+
+
+def absent_peers() -> list[str]:
+    """Return the other libraries that are not installed."""
+    return [name for name, is_here in (("ART", has_art()), ("Foolbox", has_foolbox())) if not is_here]
 
 
 def main(arguments: Optional[list[str]] = None) -> int:
     """Measure, print the tables, and return 1 if a figure is not what it must be."""
     options = parse(arguments)
     console = Console(width=max(WIDTH, Console().width), highlight=False)
-    if not has_art():
+    for name in absent_peers():
         console.print(
-            "ART is not installed and left out; it comes with the extra `bench`: pip install '.[bench]'", markup=False
+            f"{name} is not installed and left out; it comes with the extra `bench`: pip install '.[bench]'",
+            markup=False,
         )
     tables, misses = [], []
     for group in GROUPS:
-        rows, rounds = measure_group(group, options, console)
-        tables.append({"title": group.title, "rows": rows, "rounds": rounds})
-        misses += misses_of(group.columns, rows)
+        if options.only in (None, group.kind):
+            rows, rounds = measure_group(group, options, console)
+            tables.append({"title": group.title, "rows": rows, "rounds": rounds})
+            misses += misses_of(group.columns, rows)
+    if options.only in (None, "strength"):
+        rows = measure_strength(options, console)
+        tables += [{"title": strength.title(options.images), "rows": rows, "rounds": {}}] if rows else []
+        misses += misses_of(strength.COLUMNS, rows)
     if options.output:
         write_json(options.output, {"machine": machine(), "tables": tables})
     if options.no_check:

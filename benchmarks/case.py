@@ -50,9 +50,14 @@ class Case:
         )
 
     @property
+    def architecture(self) -> str:
+        """Backbone and images, in words."""
+        return f"{self.backbone}-{self.width} {'x'.join(map(str, self.image_shape))}"
+
+    @property
     def model_name(self) -> str:
         """What is trained on what, in words."""
-        return f"{self.backbone}-{self.width} {'x'.join(map(str, self.image_shape))} batch {self.batch_size}"
+        return f"{self.architecture} batch {self.batch_size}"
 
     @property
     def defense_name(self) -> str:

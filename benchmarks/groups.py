@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
+from benchmarks.attack_case import AttackCase
+from benchmarks.attacks import EVALUATION, measure_attack, rows_of_attack
 from benchmarks.case import Case
 from benchmarks.checkpoint import measure_checkpoint
 from benchmarks.peers import peers
@@ -20,9 +22,10 @@ class Group(NamedTuple):
     """Cases that are measured alike.
 
     Attributes:
+        kind: "training" or "attacks".
         title: of the table; `{case}` is the model of the first case, `{steps}` the steps of its attack.
         columns: of the table, with their limits.
-        cases: what is measured.
+        cases: what is measured, Cases or AttackCases.
         quick_cases: what is measured to see that it works.
         measure: returns times and retraces of a case in so many rounds.
         name: returns the name of a case's rows.
@@ -30,13 +33,14 @@ class Group(NamedTuple):
         reference: the contender by whose times a busy machine is told.
     """
 
+    kind: str
     title: str
     columns: tuple[Column, ...]
-    cases: tuple[Case, ...]
-    quick_cases: tuple[Case, ...]
-    measure: Callable[[Case, int], Measurement]
-    name: Callable[[Case], str]
-    rows: Callable[[Case, Measurement], list[Row]]
+    cases: tuple[Any, ...]
+    quick_cases: tuple[Any, ...]
+    measure: Callable[[Any, int], Measurement]
+    name: Callable[[Any], str]
+    rows: Callable[[Any, Measurement], list[Row]]
     reference: str
 
 
@@ -107,13 +111,26 @@ def defense_name(case: Case) -> str:
     return case.defense_name
 
 
+def attack_name(case: AttackCase) -> str:
+    """Return the name of a case by its attack."""
+    return case.name
+
+
 FLOOR_MS, OURS_MS = Column("floor ms", "floor_ms", ".1f"), Column("ours ms", "ours_ms", ".1f")
 PROCESSOR = Column("(CPU time)", "over_floor_processor", ".2f")
 IMAGES = Column("images/s", "images_per_second", ".0f")
 RETRACES = Column("retraces", "retraces", "d", at_most=0)
 
+
+def times(library: str, at_least: float) -> tuple[Column, Column]:
+    """Return the columns that say how many times as long another library takes."""
+    key = f"times_{library.lower()}"
+    return Column(f"x {library}", key, ".2f", at_least=at_least), Column("(CPU time)", f"{key}_processor", ".2f")
+
+
 RESNET = Case("resnet8", width=16, image_shape=(32, 32, 3), batch_size=128)
 SMALL_CNN = Case("small_cnn", width=16, image_shape=(28, 28, 1), batch_size=32)
+TINY_CNN = Case("small_cnn", width=4, image_shape=(8, 8, 1), batch_size=4)
 CONTROLS = (
     {"defense": "standard", "steps": 0},
     {"defense": "fgsm_rs", "steps": 1},
@@ -126,6 +143,7 @@ CONTROLS = (
 
 GROUPS = (
     Group(
+        kind="training",
         title="A training step with PGD-{steps}",
         columns=(
             FLOOR_MS,
@@ -148,6 +166,7 @@ GROUPS = (
         reference="floor",
     ),
     Group(
+        kind="training",
         title="A step of each control ({case})",
         columns=(
             Column("attack steps", "steps", "d"),
@@ -166,6 +185,7 @@ GROUPS = (
         reference="floor",
     ),
     Group(
+        kind="training",
         title=f"A checkpoint every {EPOCH} steps ({{case}})",
         columns=(
             OURS_MS,
@@ -182,5 +202,37 @@ GROUPS = (
         name=defense_name,
         rows=rows_of_checkpoint,
         reference="checkpoint",
+    ),
+    Group(
+        kind="attacks",
+        title="PGD on images that do not fall ({case})",
+        columns=(
+            OURS_MS,
+            IMAGES,
+            Column("(one graph ms)", "one_graph_ms", ".1f"),
+            *times("cleverhans", 1.0),
+            *times("Foolbox", 1.5),
+            *times("ART", 1.5),
+        ),
+        cases=(AttackCase(dataclasses.replace(RESNET, batch_size=64), "pgd", steps=20, rounds=5),),
+        quick_cases=(AttackCase(TINY_CNN, "pgd", steps=3, rounds=2),),
+        measure=measure_attack,
+        name=attack_name,
+        rows=rows_of_attack,
+        reference=EVALUATION,
+    ),
+    Group(
+        kind="attacks",
+        title="APGD on the cross-entropy, and Square, on images that do not fall ({case})",
+        columns=(OURS_MS, IMAGES, *times("ART", 3.0)),
+        cases=(
+            AttackCase(dataclasses.replace(RESNET, batch_size=64), "apgd", steps=100, rounds=2),
+            AttackCase(dataclasses.replace(RESNET, batch_size=32), "square", steps=1000, rounds=2),
+        ),
+        quick_cases=(AttackCase(TINY_CNN, "square", steps=3, rounds=2),),
+        measure=measure_attack,
+        name=attack_name,
+        rows=rows_of_attack,
+        reference=EVALUATION,
     ),
 )

@@ -23,11 +23,11 @@ Row = dict[str, Any]
 """`name`, `strategy`, and the figures by the key of their column; None where there is none."""
 
 
-def table_of(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> Table:
-    """Return the table of all rows."""
+def table_of(title: str, columns: Sequence[Column], rows: Sequence[Row], *, strategy: str = "strategy") -> Table:
+    """Return the table of all rows; `strategy` is the heading of what tells the rows of a case apart."""
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("case", no_wrap=True)
-    table.add_column("strategy", no_wrap=True)
+    table.add_column(strategy, no_wrap=True)
     for column in columns:
         table.add_column(column.heading, justify="right", no_wrap=True)
     for row in rows:
