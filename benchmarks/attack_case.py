@@ -42,7 +42,7 @@ class Budget:
     def planned(self) -> PlannedAttack:
         """The attack as a suite of ours names it."""
         if self.kind == "square":
-            return PlannedAttack("square", Square("linf", self.epsilon, queries=self.steps), "margin")
+            return PlannedAttack("square", Square("linf", self.epsilon, queries=self.steps, rescale=True), "margin")
         attack = {"pgd": PGD, "apgd": APGD}[self.kind]
         return PlannedAttack(self.kind, attack("linf", self.epsilon, steps=self.steps))
 

@@ -177,7 +177,7 @@ class Battery:
             if not rows.size:
                 return _judged("S9", asks, 0.0, self.least(0.002), "nothing is left to break")
             left = dataclasses.replace(self.subject, chunk=self.subject.chunk.rows(rows))
-            block = left.attacked([self.planned(Square, "margin", queries=1000)])
+            block = left.attacked([self.planned(Square, "margin", queries=1000, rescale=True)])
             won = int((block.clean & ~block.standing).sum())
             return _judged("S9", asks, won / self.count, self.least(0.002), "Square with 1,000 queries")
         won, total = int(by_blind.sum()), len(by_blind)
