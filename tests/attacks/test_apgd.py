@@ -335,7 +335,8 @@ def test_more_restarts_only_shrink_the_robust_set(norm):
     one, three = run(1, success_fn), run(3, success_fn)
     assert (three.success.numpy() >= one.success.numpy()).all()
     np.testing.assert_array_equal(three.queries, 3 * one.queries)
-    assert (run(3).loss.numpy() >= run(1).loss.numpy()).all()
+    gained = run(3).loss.numpy() - run(1).loss.numpy()
+    assert (gained >= 0).all() and (gained > 1e-4).any()
 
 
 # 13 APGD: constant model
