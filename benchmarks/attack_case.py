@@ -24,7 +24,7 @@ class Budget:
 
     Attributes:
         kind: "pgd" with random start and a step of 2.5 epsilon / steps, "apgd" on the cross-entropy with one start, or
-            "square" with one start.
+            "square" with one start, its schedule stretched to the budget.
         steps: gradient steps; for "square" queries.
         epsilon: radius, as a fraction of the [0, 1] range.
     """

@@ -8,8 +8,8 @@ Settings are those of `Budget`. What differs between the libraries, and is left 
 - PGD of cleverhans, Foolbox and ART returns the last iterate, ours the best one.
 - ART's APGD returns the last iterate, or the start where that does not fool. Its first step is set to 2 epsilon, as in
   the paper; by default it would be 0.1. It takes two passes a step, a gradient and a loss.
-- ART's Square begins at the clean image where the stripes do not help, stretches its schedule to the budget, and draws
-  one square for all images. It takes three passes a query, and leaves out what has fallen.
+- ART's Square begins at the clean image where the stripes do not help, and draws one square for all images. It takes
+  three passes a query, and leaves out what has fallen.
 """
 
 from __future__ import annotations
