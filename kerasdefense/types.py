@@ -10,6 +10,9 @@ import tensorflow as tf
 Activations = Mapping[str, tf.Tensor]
 """Named outputs of a backbone: `feature_map` [batch, h, w, c], `embedding` [batch, d], `logits` [batch, classes]."""
 
+ActivationsFn = Callable[[tf.Tensor], Activations]
+"""`activations_fn(image) -> Activations`, of which a model may lack all but the logits."""
+
 Context = Any
 """A nest of per-example tensors (label, target, reference features), each with leading axis [batch]."""
 
