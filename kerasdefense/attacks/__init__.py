@@ -18,6 +18,7 @@ from kerasdefense.attacks.deepfool import DeepFool
 from kerasdefense.attacks.fab import FAB
 from kerasdefense.attacks.foolbox import FoolboxBoundary, FoolboxDDN, FoolboxHopSkipJump, has_foolbox
 from kerasdefense.attacks.iterative import Iterative
+from kerasdefense.attacks.joint import JointPGD, Pair
 from kerasdefense.attacks.momentum import BIM, MIFGSM, TIDIM
 from kerasdefense.attacks.noise import RandomNoise
 from kerasdefense.attacks.objectives import (
@@ -94,6 +95,8 @@ __all__ = [
     "AttackResult",
     "DeepFool",
     "Iterative",
+    "JointPGD",
+    "Pair",
     "RandomNoise",
     "Square",
     "StAdv",
