@@ -19,9 +19,9 @@ class Records:
     """The images of one split of a source, in an order that never changes.
 
     Attributes:
-        label: int32 [examples], each in [0, classes).
-        read: returns a dataset of `examples` string scalars (an encoded image, or the path of a file).
-        decode: turns one such scalar into uint8 [height, width, channels].
+        label: int32 [examples], each in [0, classes), or -1 where the classes are not known.
+        read: returns a dataset of `examples` elements: an encoded image, the path of a file, or uint8 pixels.
+        decode: turns one such element into uint8 [height, width, channels].
         name: says where the example of an index was found.
     """
 
