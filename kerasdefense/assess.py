@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from kerasdefense import config, data, evaluation, export
+from kerasdefense import config, data, evaluation, export, recognition
 from kerasdefense.attacks import norms
 from kerasdefense.data import Split, Splits
 from kerasdefense.evaluation import Loaded, Options, ThreatModel
@@ -23,15 +23,16 @@ from kerasdefense.evaluation.digests import of_file
 from kerasdefense.evaluation.html import choose_examples, write_report
 from kerasdefense.evaluation.report import note
 from kerasdefense.evaluation.robustness import SURROGATE
-from kerasdefense.evaluation.search import FRESH_DRAWS, Chunk, ExactPath
+from kerasdefense.evaluation.search import FRESH_DRAWS, Chunk, ExactPath, within
 from kerasdefense.export.saved_model import CARD, digests
 from kerasdefense.files import write_json
 from kerasdefense.types import InputError, UsageError
 
 FOLDER = "evaluation"
-RESULTS, ADVERSARIAL, REPORT, ENTRY, STATE = (
-    f"{FOLDER}/{name}" for name in ("results.json", "adversarial.npz", "report.html", "robustbench.json", "state")
+RESULTS, REPORT, ENTRY, STATE = (
+    f"{FOLDER}/{name}" for name in ("results.json", "report.html", "robustbench.json", "state")
 )
+ADVERSARIAL = recognition.ADVERSARIAL
 
 
 def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
     journal = run_dir / STATE
     if wanted.resume == "never":
         shutil.rmtree(journal, ignore_errors=True)
+    fitted = recognition.fit(run, splits, model, own)  # first, so that what cannot be fitted costs no attack
     options = Options(
         examples=min(wanted.examples or splits.test.examples, splits.test.examples),
         chunk_size=wanted.chunk_size,
@@ -66,9 +68,12 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
         look_outside=wanted.unseen,
         save=run_dir / ADVERSARIAL,
     )
+    folder = journal / "open_set" if results["complete"] else None
+    open_set = recognition.measure(run, splits, model, threat_model, fitted, folder)
     results = {
         "schema_version": 2,
         **results,
+        "open_set": open_set,
         "attack_budget": model.attack_budget,
         "suite": wanted.suite,
         "note": note(results, wanted.suite),
@@ -89,7 +94,7 @@ def _config(run: config.Run) -> dict[str, Any]:
     settings = dataclasses.asdict(run)
     if not run.evaluate.model:
         return settings
-    return {name: settings[name] for name in ("mode", "run_dir", "strict", "data", "evaluate")}
+    return {name: settings[name] for name in ("mode", "run_dir", "strict", "data", "evaluate", "detector")}
 
 
 def _surrogates(run: config.Run, splits: Splits) -> dict[str, Any]:
@@ -126,7 +131,13 @@ def _write(run_dir: Path, results: Mapping[str, Any], splits: Splits, model: Loa
         answers(arrays["image_adv"]),
         splits.labels,
     )
-    write_report(run_dir / REPORT, results, title=f"{model.name} on {splits.name}", images=examples)
+    write_report(
+        run_dir / REPORT,
+        results,
+        title=f"{model.name} on {splits.name}",
+        images=examples,
+        pictures={name: run_dir / recognition.PICTURES.format(name) for name in ("scores", "roc")},
+    )
 
 
 _SHOWN = 512
@@ -209,8 +220,7 @@ def _score_again(
     clean, attacked = (exact.is_right(Chunk(each, label, index)) for each in (image, image_adv))
     threat = results["threat_model"]
     distance = norms.length(tf.constant(image_adv - image), threat["norm"]).numpy()
-    flat = image_adv.reshape(len(label), -1)
-    outside = (distance > threat["epsilon"] * (1 + 1e-5) + 1e-7) | ~((flat >= 0) & (flat <= 1)).all(axis=1)
+    outside = ~within(image_adv, image, threat["norm"], threat["epsilon"])
     accuracies = {"clean_accuracy": float(clean.mean()), "robust_accuracy": float((clean & attacked).mean())}
     return accuracies, {"outside": int(outside.sum()), "n": len(label), "largest": float(distance.max())}
 

@@ -10,6 +10,8 @@ import dataclasses
 from typing import Any
 
 SEEDS = 2**31 - 1
+ALL = "all"
+"""Every name of a registry, for a flag that takes several."""
 
 
 def _field(default: Any, help_line: str, choices: tuple[str, ...] = (), *, low: Any = None, high: Any = None) -> Any:
@@ -167,8 +169,50 @@ class Evaluate:
     sanity_examples: int = _field(
         128, "test images for the sanity battery and the security curve, from the first on; 0 = neither", low=0
     )
+    open_set: bool = _field(
+        False, "measure detectors on the unknown classes that --data_open_set_split leaves, also under attack"
+    )
+    ood: str = _field(
+        "",
+        "sets of other images to measure detectors on, comma-separated: TFDS names, folders of images, .npz files with "
+        "an array images; near:SET and far:SET say which mean a set goes into",
+    )
+    score_examples: int = _field(
+        300,
+        "known and as many unknown test images (of held-out classes, else of the first set of --evaluate_ood) whose "
+        "score is attacked, from the first on; 0 = none",
+        low=0,
+    )
+    score_steps: int = _field(100, "steps of the attacks on the anomaly score", low=1)
+    score_starts: int = _field(1, "starts of the attacks on the anomaly score", low=1)
+    score_queries: int = _field(0, "queries of Square on the anomaly score as well; 0 = none", low=0)
+    joint: bool = _field(
+        True, "also look for known images that are mistaken and accepted: robust accuracy with a reject option"
+    )
     unseen: bool = _field(False, "also measure on corrupted images and after StAdv, which are outside every ball")
     card: bool = _field(False, "write the figures to the card of the published folder that --evaluate_model names")
+
+
+@dataclasses.dataclass(frozen=True)
+class Detector:
+    """Detectors of unknown images, and the reject option that they make."""
+
+    name: str = _field(
+        "",
+        "detectors to fit, comma-separated keys of DETECTORS, or all; empty = none, or max_logit,mahalanobis,openmax "
+        "where --evaluate_open_set or --evaluate_ood ask for some",
+    )
+    retention: float = _field(
+        0.95, "share of validation images of known classes that the threshold accepts, in (0, 1)", low=0, high=1
+    )
+    fit_on: str = _field(
+        "clean",
+        "images that detectors are fitted on; adv: after PGD-10 in the ball that the model was made for",
+        ("clean", "adv", "both"),
+    )
+    fit_examples: int = _field(
+        50_000, "training images that detectors are fitted on, from the first on; 0 = all", low=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +220,9 @@ class Export:
     """What is written for users of the model."""
 
     version: int = _field(0, "number of the SavedModel version folder; 0 = one above the highest there", low=0)
+    detector: str = _field(
+        "", "detector whose score and threshold the exported model holds; empty = the first of --detector_name"
+    )
     optimizer: bool = _field(True, "keep the optimizer's slots in model.keras, to train on")
     dir: str = _field(
         "",
@@ -187,9 +234,9 @@ class Export:
 class Run:
     """One run: everything that `python -m kerasdefense.run` needs."""
 
-    mode: str = _field("all", "what to do", ("all", "train", "evaluate", "export", "compare", "verify"))
+    mode: str = _field("all", "what to do", ("all", "train", "evaluate", "export", "compare", "trials", "verify"))
     runs: str = _field(
-        "", "run directories and published models to compare or verify, as plain arguments or comma-separated"
+        "", "run directories (and published models) to compare, sum up or verify, as plain arguments or comma-separated"
     )
     run_dir: str = _field("", "folder of the run; empty = runs/<folder>/<name> of the last flag file")
     dry_run: bool = _field(False, "print the resolved configuration and the parameter counts, and stop")
@@ -201,4 +248,5 @@ class Run:
     defense: Defense = Defense()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    detector: Detector = Detector()
     export: Export = Export()

@@ -20,6 +20,7 @@ from kerasdefense import config
 from kerasdefense.attacks import ATTACKS, OBJECTIVES
 from kerasdefense.backbones import BACKBONES
 from kerasdefense.defenses import DEFENSES
+from kerasdefense.detectors import DETECTORS
 from kerasdefense.evaluation import SUITES
 from kerasdefense.types import UsageError, look_up
 
@@ -31,8 +32,14 @@ _REGISTRIES: dict[str, Any] = {
     "attack_objective": OBJECTIVES,
     "backbone_name": BACKBONES,
     "defense_name": DEFENSES,
+    "detector_name": DETECTORS,
     "evaluate_suite": SUITES,
+    "export_detector": DETECTORS,
 }
+_OF_RUNS = ("compare", "trials", "verify")
+"""Modes that take run directories as plain arguments."""
+_LISTS = ("detector_name",)
+"""Flags that take several names of their registry, comma-separated, or all."""
 
 
 class _FractionParser(absl_flags.FloatParser):
@@ -168,13 +175,18 @@ def _parse(arguments: Sequence[str]) -> config.Run:
         raise UsageError(" ".join(str(error).split())) from error
     if values["help"].value:
         raise HelpRequested(_help(values))
-    if rest and values["mode"].value not in ("compare", "verify"):
+    if rest and values["mode"].value not in _OF_RUNS:
         raise UsageError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
     if rest:
         values["runs"].value = ",".join(filter(None, [values["runs"].value, *rest]))
     for name, registry in _REGISTRIES.items():
-        if values[name].value or values[name].default:
-            look_up(registry, values[name].value, name.replace("_name", "").replace("_", " "))
+        given = values[name].value
+        if name in _LISTS:
+            names = [] if given in ("", config.ALL) else given.split(",")
+        else:
+            names = [given] if given or values[name].default else []
+        for each in names:
+            look_up(registry, each, name.replace("_name", "").replace("_", " "))
     run = _to_run({name: values[name].value for name, _, _ in _leaves()})
     name = _default_name(run)
     run_dir = run.run_dir or Path("runs") / (config_name(arguments) or name)
@@ -183,7 +195,7 @@ def _parse(arguments: Sequence[str]) -> config.Run:
 
 def _default_name(run: config.Run) -> str:
     """Return where under runs/ a run goes whose flags name no file and no directory."""
-    if run.mode in ("compare", "verify"):
+    if run.mode in _OF_RUNS:
         return run.mode
     if run.mode == "evaluate" and run.evaluate.model:
         path = Path(run.evaluate.model).expanduser().resolve()

@@ -1,4 +1,4 @@
-"""python -m kerasdefense.run: flags -> Run -> train | evaluate | export | compare. Thin: the work is done elsewhere."""
+"""python -m kerasdefense.run: flags -> Run -> what the mode says. Thin: the work is done elsewhere."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ import tensorflow as tf
 from absl import logging
 from rich.console import Console
 
-from kerasdefense import assess, config, data, evaluation, export, flags, training
+from kerasdefense import assess, config, data, evaluation, export, flags, recognition, training
 from kerasdefense.assess import ADVERSARIAL, RESULTS
 from kerasdefense.data import Splits
 from kerasdefense.defenses import DEFENSES, Defense
+from kerasdefense.evaluation import open_set
 from kerasdefense.evaluation.digests import of_file
 from kerasdefense.files import write_text
 from kerasdefense.training import MODEL
@@ -78,6 +79,8 @@ def evaluate(run: config.Run, splits: Splits, console: Console) -> dict[str, Any
         model = evaluation.load_model(Path(run.run_dir) / MODEL)._replace(name=run.defense.name)
     results = assess.assess(run, splits, model)
     console.print(evaluation.table(results, f"{model.name} on {splits.name}"))
+    for each in open_set.open_set_tables(results):
+        console.print(each)
     for line in (*evaluation.sanity_lines(results), *evaluation.unseen_lines(results)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(Path(run.run_dir) / assess.REPORT, highlight=False, soft_wrap=True)
@@ -96,12 +99,14 @@ def export_model(run: config.Run, splits: Splits, defense: Defense) -> Path:
         evaluation.check_results(results)
         if results["model"]["digest"] != of_file(run_dir / MODEL):
             raise InputError(f"{run_dir / RESULTS} is of another model; evaluate this one with --mode=evaluate")
+    reject = recognition.exported(run, of_file(run_dir / MODEL))
     card = export.card(
         run,
         results=results,
         labels=splits.labels,
         image_shape=splits.image_shape,
         versions=evaluation.versions(),
+        reject=reject,
     )
     version = export.save(
         defense,
@@ -109,6 +114,7 @@ def export_model(run: config.Run, splits: Splits, defense: Defense) -> Path:
         labels=splits.labels,
         version=run.export.version,
         card=card,
+        reject=reject,
     )
     if run.export.dir:
         export.publish(defense, version, run_dir / ADVERSARIAL)
@@ -124,6 +130,16 @@ def compare(run: config.Run, console: Console) -> None:
     for name, text in (("md", evaluation.to_markdown(compared)), ("csv", evaluation.to_csv(compared))):
         write_text(Path(run.run_dir) / f"comparison.{name}", text)
         console.print(Path(run.run_dir) / f"comparison.{name}", highlight=False, soft_wrap=True)
+
+
+def sum_up(run: config.Run, console: Console) -> None:
+    """Print mean and spread of the detectors of several runs, and write them to the run directory."""
+    found = open_set.trials([Path(each) for each in run.runs.split(",") if each])
+    for table in open_set.trials_tables(found):
+        console.print(table)
+    for name, text in (("md", open_set.trials_markdown(found)), ("csv", open_set.trials_csv(found))):
+        write_text(Path(run.run_dir) / f"trials.{name}", text)
+        console.print(Path(run.run_dir) / f"trials.{name}", highlight=False, soft_wrap=True)
 
 
 def describe(run: config.Run, splits: Splits) -> str:
@@ -170,8 +186,8 @@ def verify(run: config.Run, console: Console) -> int:
 
 def execute(run: config.Run, console: Console) -> int:
     """Carry out a run, print what a reader needs, and return the exit code."""
-    if run.mode == "compare":
-        compare(run, console)
+    if run.mode in ("compare", "trials"):
+        (compare if run.mode == "compare" else sum_up)(run, console)
         return 0
     if run.mode == "verify":
         return verify(run, console)
@@ -179,6 +195,8 @@ def execute(run: config.Run, console: Console) -> int:
     if trains:  # several workers must find each other before anything else is done
         strategy = training.make_strategy(run.train)
     splits = data.load(run.data)
+    if run.mode in ("all", "evaluate"):
+        recognition.check(run, splits)
     if run.dry_run:
         print(describe(run, splits))
         return 0

@@ -11,6 +11,7 @@ from kerasdefense import config, flags
 from kerasdefense.attacks import ATTACKS, OBJECTIVES
 from kerasdefense.backbones import BACKBONES
 from kerasdefense.defenses import DEFENSES
+from kerasdefense.detectors import DETECTORS
 from kerasdefense.evaluation import SUITES
 from kerasdefense.types import UsageError
 
@@ -19,9 +20,11 @@ REGISTRIES = {
     "attack_objective": OBJECTIVES,
     "backbone_name": BACKBONES,
     "defense_name": DEFENSES,
+    "detector_name": DETECTORS,
     "evaluate_suite": SUITES,
+    "export_detector": DETECTORS,
 }
-MAY_BE_EMPTY = ("attack_objective",)
+MAY_BE_EMPTY = ("attack_objective", "detector_name", "export_detector")
 OWN = [field for field in dataclasses.fields(config.Run) if not dataclasses.is_dataclass(field.default)]
 SECTIONS = [field for field in dataclasses.fields(config.Run) if dataclasses.is_dataclass(field.default)]
 FIELDS = {field.name: field for field in OWN}
@@ -245,6 +248,13 @@ def test_unknown_key_of_a_registry_lists_its_keys(name):
     with pytest.raises(UsageError, match=r"unknown .* 'nonsense'; valid: ") as caught:
         flags.parse([f"--{name}=nonsense"])
     assert str(caught.value).endswith(", ".join(sorted(REGISTRIES[name])))
+
+
+def test_flag_that_takes_several_names_checks_each():
+    assert flags.parse(["--detector_name=knn,msp"]).detector.name == "knn,msp"
+    assert flags.parse(["--detector_name=all"]).detector.name == "all"
+    with pytest.raises(UsageError, match="unknown detector 'knm'; valid: "):
+        flags.parse(["--detector_name=knn,knm"])
 
 
 @pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.metadata["choices"]])

@@ -74,6 +74,22 @@ def without_softmax(model: keras.Model, output: Optional[Tensor] = None) -> Opti
     return None if logits is None else keras.Model(model.inputs, logits, name=model.name)
 
 
+def weights(logits: Tensor) -> Optional[tuple[tf.Variable, Optional[tf.Variable]]]:
+    """Return kernel [d, classes] and bias [classes] of the dense layer that gives symbolic logits.
+
+    Returns:
+        None for a bias that is not there, and for both where the logits come of another layer.
+    """
+    node, layer, source = _step_back(logits)
+    if isinstance(layer, keras.Model):
+        position = [each is logits for each in tf.nest.flatten(node.outputs)].index(True)
+        return weights(tf.nest.flatten(layer.outputs)[position])
+    if isinstance(layer, Logits) or (type(layer) is keras.layers.Dense and layer.activation in _SOFTMAX):
+        return layer.kernel, layer.bias
+    is_cast = isinstance(layer, keras.layers.Activation) and layer.activation is keras.activations.linear
+    return weights(source) if is_cast and source is not None else None
+
+
 def _before_softmax(tensor: Tensor) -> Optional[Tensor]:
     node, layer, source = _step_back(tensor)
     if source is None:

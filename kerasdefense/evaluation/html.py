@@ -13,7 +13,9 @@ from typing import Any, NamedTuple, Optional
 
 import jinja2
 
-from kerasdefense.evaluation.examples import Examples, choose_examples, pictures
+from kerasdefense.evaluation.examples import Examples, choose_examples
+from kerasdefense.evaluation.examples import pictures as pictures_of
+from kerasdefense.evaluation.open_set.page import unknown_images
 from kerasdefense.evaluation.report import radius, wilson
 from kerasdefense.evaluation.suites import SUITES
 from kerasdefense.files import write_text
@@ -30,6 +32,7 @@ _OPTIONAL: Mapping[str, Any] = {
     "sanity": (),
     "trusted": None,
     "randomised": None,
+    "open_set": None,
     "flags": {},
     "indices_sha256": "",
     "adversarial_sha256": "",
@@ -50,7 +53,14 @@ _PROTOCOL = {
 }
 
 
-def write_report(path: Path, results: Mapping[str, Any], *, title: str, images: Optional[Examples]) -> None:
+def write_report(
+    path: Path,
+    results: Mapping[str, Any],
+    *,
+    title: str,
+    images: Optional[Examples],
+    pictures: Optional[Mapping[str, Path]] = None,
+) -> None:
     """Write the report of an evaluation, atomically.
 
     Args:
@@ -58,6 +68,7 @@ def write_report(path: Path, results: Mapping[str, Any], *, title: str, images: 
         results: what results.json holds; blocks that are not there are left out.
         title: what was evaluated.
         images: examples to show, as `choose_examples` returns them; None = none.
+        pictures: .png files of open-set recognition, as "scores" and "roc"; read only if results have that block.
     """
     known = {**_OPTIONAL, **results}
     known["threat_model"] = threat = results.get("threat_model") or results["attacks"][0]["threat_model"]
@@ -68,11 +79,10 @@ def write_report(path: Path, results: Mapping[str, Any], *, title: str, images: 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "interval": _interval, "number": _number, "plain": _plain}
+    environment.filters.update(percent=_percent, interval=_interval, number=_number, plain=_plain, ball=_ball)
     page = environment.get_template(_TEMPLATE).render(
         results=known,
         title=title,
-        norm=_NORMS.get(threat["norm"], threat["norm"]),
         radius=lambda epsilon: _radius(threat["norm"], epsilon),
         suite_words=_suite_words(known),
         attacks=[{**attack, "left": _left(attack, known)} for attack in known["attacks"]],
@@ -80,7 +90,8 @@ def write_report(path: Path, results: Mapping[str, Any], *, title: str, images: 
         curve=_curve(known["curve"], threat),
         seconds=sum(attack["seconds"] for attack in known["attacks"]),
         randomised=list(_protocol(known["randomised"] or {})),
-        examples=[] if images is None else list(pictures(images, threat)),
+        examples=[] if images is None else list(pictures_of(images, threat)),
+        unknown=unknown_images(known["open_set"], pictures or {}),
         sections=_sections(known["config"]),
     )
     write_text(path, page)
@@ -207,6 +218,11 @@ def _sections(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _radius(norm: str, epsilon: float) -> str:
     return radius(epsilon) if norm == "linf" else f"{epsilon:.4g}"
+
+
+def _ball(threat: Mapping[str, Any]) -> str:
+    norm = _NORMS.get(threat["norm"], threat["norm"])
+    return f"{norm} ball of radius {_radius(threat['norm'], threat['epsilon'])}"
 
 
 def _percent(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Union
@@ -9,12 +10,13 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 import keras
 import tensorflow as tf
 
-from kerasdefense.backbones.head import without_softmax
-from kerasdefense.backbones.own import read
+from kerasdefense.backbones.head import weights, without_softmax
+from kerasdefense.backbones.own import as_backbone, read
+from kerasdefense.detectors import Head
 from kerasdefense.evaluation import digests, interfaces
 from kerasdefense.evaluation.interfaces import UNKNOWN, Shape, classes_of, image_shape_of, in_words, selected
 from kerasdefense.evaluation.suites import ThreatModel
-from kerasdefense.types import InputError, LogitsFn, PathFn
+from kerasdefense.types import ActivationsFn, InputError, LogitsFn, PathFn
 
 MODEL, SIGNATURE = "model.keras", "serving_default"
 
@@ -29,7 +31,10 @@ class Loaded(NamedTuple):
         name: what it may be called in a report.
         digest: SHA-256 that tells it from other models, "" where it is a plain function.
         is_randomised: whether it declares to draw at random; None = it declares nothing.
-        features: `features(image) -> [n, d]`, what enters the last layer, if it tells.
+        activations: `activations(image) -> {"logits": [n, classes], "embedding": [n, d]}` of a model that draws nothing
+            at random; without the embedding, what enters the last layer, where it does not tell.
+        has_embedding: whether it tells.
+        head: kernel [d, classes] and bias [classes] or None of the last layer, where it is known.
         threat_model: norm and radius of a defense's own attack.
         attack_budget: input gradients that a defense's training spent on an image.
     """
@@ -40,9 +45,17 @@ class Loaded(NamedTuple):
     name: str = ""
     digest: str = ""
     is_randomised: Optional[bool] = None
-    features: Optional[LogitsFn] = None
+    activations: Optional[ActivationsFn] = None
+    has_embedding: bool = False
+    head: Optional[Head] = None
     threat_model: Optional[ThreatModel] = None
     attack_budget: Optional[int] = None
+
+    @property
+    def features(self) -> Optional[LogitsFn]:
+        """`features(image) -> [n, d]`, what enters the last layer, if the model tells."""
+        activations = self.activations
+        return None if activations is None or not self.has_embedding else lambda image: activations(image)["embedding"]
 
 
 def load_model(path: Union[str, Path], *, outputs: str = "logits") -> Loaded:
@@ -125,11 +138,12 @@ def _of_object(model: Any, outputs: str) -> Loaded:
 
 def _of_defense(model: Any) -> Loaded:
     """Return an object that names its own paths; its backbone, if it has one, says what images it takes."""
-    image_shape, classes, threat_model = UNKNOWN, None, None
+    image_shape, classes, threat_model, head = UNKNOWN, None, None, None
     backbone, attack = getattr(model, "backbone", None), getattr(model, "attack", None)
     if isinstance(backbone, keras.Model):
         image_shape = image_shape_of(interfaces.inputs_of(backbone))
-        classes = classes_of(selected(interfaces.output_of(backbone), "logits"))
+        logits = selected(interfaces.output_of(backbone), "logits")
+        classes, head = classes_of(logits), _head(logits)
     if attack is not None and hasattr(attack, "norm") and hasattr(attack, "epsilon"):
         threat_model = ThreatModel(attack.norm, attack.epsilon)
     return Loaded(
@@ -137,7 +151,9 @@ def _of_defense(model: Any) -> Loaded:
         image_shape,
         classes,
         is_randomised=_declared(model),
-        features=(lambda image: model.activations(image)["embedding"]) if hasattr(model, "activations") else None,
+        activations=getattr(model, "activations", None),
+        has_embedding=hasattr(model, "activations"),
+        head=head,
         threat_model=threat_model,
         attack_budget=getattr(model, "attack_budget", None),
     )
@@ -154,9 +170,30 @@ def _of_keras(model: keras.Model, outputs: str) -> Loaded:
         classes=classes,
         is_randomised=_declared(model),
     )
-    if isinstance(every, Mapping) and "embedding" in every:
-        loaded = loaded._replace(features=lambda image: model(image, training=False)["embedding"])
-    return _as_logits(loaded, given)
+    return _as_logits(_with_embedding(loaded, answer, every), given) if given == "logits" else _as_logits(loaded, given)
+
+
+def _with_embedding(loaded: Loaded, model: keras.Model, outputs: Any) -> Loaded:
+    """Return a Keras model of logits with what enters its last layer, if it names that or it can be found."""
+    if isinstance(outputs, Mapping) and "embedding" in outputs:
+        logits, tells = outputs["logits"], model
+    else:
+        try:
+            tells = as_backbone(model)
+        except InputError:  # no global pooling, say: its logits are all there is
+            return loaded
+        logits = tells.output["logits"]
+    activations = functools.partial(tells, training=False)
+    return loaded._replace(activations=activations, has_embedding=True, head=_head(logits))
+
+
+def _head(logits: Any) -> Optional[Head]:
+    """Return kernel and bias of the layer that gives symbolic logits, None where that is no dense layer."""
+    found = weights(logits)
+    if found is None:
+        return None
+    kernel, bias = found
+    return kernel.numpy(), None if bias is None else bias.numpy()
 
 
 def _of_saved_model(folder: Path, outputs: str) -> Loaded:
@@ -184,8 +221,8 @@ def _of_saved_model(folder: Path, outputs: str) -> Loaded:
 
     loaded = _of_function(answer, key)._replace(image_shape=image_shape, classes=classes)
     interfaces.check_gradient(loaded.attack_paths["exact"], image_shape)
-    if "embedding" in answers:
-        loaded = loaded._replace(features=lambda image: answer(image)["embedding"])
+    if "embedding" in answers and outputs == "logits":
+        loaded = loaded._replace(activations=answer, has_embedding=True)
     return _as_logits(loaded, outputs)
 
 
@@ -196,7 +233,12 @@ def _of_function(answer: Callable[[tf.Tensor], Any], key: str) -> Loaded:
         del seed
         return tf.cast(selected(answer(image), key), tf.float32)
 
-    return Loaded({"exact": exact})
+    return Loaded({"exact": exact}, activations=_logits_alone(exact))
+
+
+def _logits_alone(path: PathFn) -> ActivationsFn:
+    """Return the activations of a model that tells no more than its logits."""
+    return lambda image: {"logits": path(image, tf.zeros([tf.shape(image)[0], 2], tf.int32))}
 
 
 def _as_logits(loaded: Loaded, outputs: str) -> Loaded:
@@ -206,7 +248,7 @@ def _as_logits(loaded: Loaded, outputs: str) -> Loaded:
     paths = {name: interfaces.logarithm(path) for name, path in loaded.attack_paths.items()}
     if None not in loaded.image_shape:  # else the first images will tell
         paths["exact"](tf.random.stateless_uniform([2, *loaded.image_shape], [0, 0]), tf.zeros([2, 2], tf.int32))
-    return loaded._replace(attack_paths=paths)
+    return loaded._replace(attack_paths=paths, activations=_logits_alone(paths["exact"]), has_embedding=False)
 
 
 def _declared(model: Any) -> Optional[bool]:

@@ -54,6 +54,13 @@ def compiled(function: Callable[..., Any], *like: Any) -> Callable[..., Any]:
     return tf.function(function).get_concrete_function(*specs)
 
 
+def within(image_adv: np.ndarray, image: np.ndarray, norm: str, epsilon: float) -> np.ndarray:
+    """Return which images [n, h, w, c] are in the ball of radius `epsilon` around `image` and in [0, 1], bool [n]."""
+    distance = norms.length(tf.constant(image_adv - image), norm).numpy()
+    flat = image_adv.reshape(len(image_adv), -1)
+    return ((flat >= 0) & (flat <= 1)).all(axis=1) & (distance <= epsilon * (1 + 1e-5) + 1e-7)
+
+
 class ExactPath:
     """The whole defended path, by which images are scored.
 
@@ -204,10 +211,7 @@ class Search:
 
     def allows(self, image_adv: np.ndarray, image: np.ndarray) -> np.ndarray:
         """Return which candidates are in the ball and in the box, bool [n]."""
-        distance = norms.length(tf.constant(image_adv - image), self.attack.norm).numpy()
-        flat = image_adv.reshape(len(image_adv), -1)
-        in_box = ((flat >= 0) & (flat <= 1)).all(axis=1)
-        return in_box & (distance <= float(self.attack.epsilon) * (1 + 1e-5) + 1e-7)
+        return within(image_adv, image, self.attack.norm, self.attack.epsilon)
 
     def one_shot(self, chunk: Chunk) -> np.ndarray:
         """Return one candidate for each image of a chunk by an attack that is not iterative, float32 [n, h, w, c]."""

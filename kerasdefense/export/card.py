@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 from kerasdefense import config
 from kerasdefense.defenses import DEFENSES, weight_perturbation
+from kerasdefense.detectors.rejection import RejectOption
 from kerasdefense.files import check_schema
 from kerasdefense.types import look_up
 
@@ -24,6 +25,7 @@ def card(
     labels: Sequence[str],
     image_shape: Sequence[int],
     versions: Mapping[str, str],
+    reject: Optional[RejectOption] = None,
 ) -> dict[str, Any]:
     """Return the card of the model of a run; `export.save` adds `files`, the SHA-256 of every file.
 
@@ -33,6 +35,7 @@ def card(
         labels: class names, in label order.
         image_shape: (height, width, channels) of the images it takes.
         versions: of Python and the packages, by name.
+        reject: detector and threshold that the exported model holds; None = none.
     """
     perturbed = " with weight perturbation" if run.defense.awp_gamma else ""
     split = f", open-set split {run.data.open_set_split}" if run.data.open_set_split else ""
@@ -54,6 +57,7 @@ def card(
         },
         "backbone": Path(run.backbone.path).name or run.backbone.name,
         "figures": None if results is None else figures(results),
+        "rejection": None if reject is None else reject.described(),
         "config": dataclasses.asdict(_without_places(run)),
         "versions": dict(versions),
         "seed": run.train.seed,
@@ -86,6 +90,7 @@ def figures(results: Mapping[str, Any]) -> dict[str, Any]:
         **{key: results[key] for key in (*taken, *judged)},
         "attacks": [{key: attack[key] for key in of_attack} for attack in results["attacks"]],
         "sanity": {item["id"]: item["status"] for item in results["sanity"]},
+        "open_set": results.get("open_set"),
         "model_digest": results["model"]["digest"],
     }
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import tensorflow as tf
 
 from kerasdefense.defenses import Defense
+from kerasdefense.detectors.rejection import RejectOption
 from kerasdefense.export.card import check_card
 from kerasdefense.export.signatures import SIGNATURES, serving_module
 from kerasdefense.files import replacing, write_error, write_json
@@ -20,7 +21,15 @@ CARD, LABELS = "card.json", "labels.txt"
 TOLERANCE = 1e-5
 
 
-def save(defense: Defense, folder: Path, *, labels: Sequence[str], version: int, card: Mapping[str, Any]) -> Path:
+def save(
+    defense: Defense,
+    folder: Path,
+    *,
+    labels: Sequence[str],
+    version: int,
+    card: Mapping[str, Any],
+    reject: Optional[RejectOption] = None,
+) -> Path:
     """Write the SavedModel `folder/<version>/` with its labels and card.
 
     It is loaded back and compared with the defense before it appears under its name. If anything fails,
@@ -32,6 +41,7 @@ def save(defense: Defense, folder: Path, *, labels: Sequence[str], version: int,
         labels: class names, in label order; one a line in `assets/labels.txt`.
         version: number of the version, from 1 on; 0 = one above the highest there.
         card: what `export.card` returned; `card.json` is this and the SHA-256 of every other file.
+        reject: detector and threshold that the SavedModel judges images by as well; None = none.
 
     Returns:
         The version's folder.
@@ -42,10 +52,10 @@ def save(defense: Defense, folder: Path, *, labels: Sequence[str], version: int,
         OSError: a write failed.
     """
     path = folder / str(_version(folder, version))
-    module = serving_module(defense, labels)
+    module = serving_module(defense, labels, reject)
     with replacing(path) as temporary:
         _write(module, temporary, labels)
-        _compare(defense, temporary)
+        _compare(defense, reject, temporary)
         complete = {**card, "files": digests(temporary)}
         check_card(complete)
         write_json(temporary / CARD, complete)
@@ -82,16 +92,23 @@ def _write(module: tf.Module, path: Path, labels: Sequence[str]) -> None:
         raise write_error(error, "the SavedModel") from error
 
 
-def _compare(defense: Defense, path: Path) -> None:
-    """Raise an InputError unless the SavedModel at `path` gives the defense's logits on random images."""
+def _compare(defense: Defense, reject: Optional[RejectOption], path: Path) -> None:
+    """Raise an InputError unless the SavedModel at `path` gives the defense's logits and scores on random images."""
     shape = defense.backbone.input_shape[1:]
     image = tf.constant(np.random.default_rng(0).random((4, *shape), np.float32))
-    found = tf.saved_model.load(str(path)).signatures["serving_default"](image=image)["logits"].numpy()
+    answers = tf.saved_model.load(str(path)).signatures["serving_default"](image=image)
+    found = answers["logits"].numpy()
     if not np.isfinite(found).all():
         raise InputError("the model gives logits that are NaN or infinite; it was not exported")
     if getattr(defense, "is_randomized", False):
         return
-    expected = tf.cast(defense(image, training=False), tf.float32).numpy()
+    _check_close(found, tf.cast(defense(image, training=False), tf.float32).numpy(), "logits")
+    if reject is not None:
+        score = reject.detector.score_image(defense.activations, tf.constant(image)).numpy()
+        _check_close(answers["anomaly_score"].numpy(), score, "anomaly scores")
+
+
+def _check_close(found: np.ndarray, expected: np.ndarray, what: str) -> None:
     difference = float(np.max(np.abs(found - expected)) / max(1.0, np.max(np.abs(expected))))
     if not difference <= TOLERANCE:
-        raise InputError(f"the SavedModel differs from the model by {difference:.1e} in logits; it was not kept")
+        raise InputError(f"the SavedModel differs from the model by {difference:.1e} in {what}; it was not kept")

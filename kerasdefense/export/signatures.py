@@ -6,17 +6,19 @@ They are made of core TensorFlow operations only, so that TF Serving loads them 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Optional
 
 import tensorflow as tf
 
 from kerasdefense.defenses import Defense
+from kerasdefense.detectors.rejection import RejectOption
 from kerasdefense.types import InputError
 
 SIGNATURES = ("serving_default", "image_bytes", "examples")
 _CHANNELS = (1, 3, 4)
 
 
-def serving_module(defense: Defense, labels: Sequence[str]) -> tf.Module:
+def serving_module(defense: Defense, labels: Sequence[str], reject: Optional[RejectOption] = None) -> tf.Module:
     """Return a module with one `tf.function` per name in SIGNATURES.
 
     They take a batch of any size, empty ones too:
@@ -27,11 +29,13 @@ def serving_module(defense: Defense, labels: Sequence[str]) -> tf.Module:
     - `examples(examples)`: string [batch], serialised `tf.train.Example` with such a file as feature `image`.
 
     Each returns `logits` and `probabilities` float32 [batch, classes], `label` int64 [batch] (the class of
-    the highest logit) and `class_name` string [batch].
+    the highest logit) and `class_name` string [batch]; with a reject option also `anomaly_score` float32 [batch],
+    higher = more unknown, and `accepted` bool [batch], whether that is at most the option's threshold.
 
     Args:
         defense: what is exported; its `call` is the whole defended path.
         labels: class names, in label order.
+        reject: a fitted detector and its threshold; None = every image is answered.
 
     Raises:
         InputError: not one label per class, or a model that images in files cannot feed.
@@ -43,9 +47,18 @@ def serving_module(defense: Defense, labels: Sequence[str]) -> tf.Module:
         size = tf.shape(image)[0]
         # TensorFlow's oneDNN convolutions give an empty batch a wrong shape, so it is filled by one image.
         filler = tf.zeros([tf.cast(size == 0, tf.int32), *image_shape])
-        logits = tf.cast(defense(tf.concat([image, filler], axis=0), training=False), tf.float32)[:size]
+        image = tf.concat([image, filler], axis=0)
+        judged = {}
+        if reject is None:
+            logits = tf.cast(defense(image, training=False), tf.float32)[:size]
+        else:
+            activations = defense.activations(image)
+            logits = tf.cast(activations["logits"], tf.float32)[:size]
+            score = reject.detector.score_with(activations, defense.activations, image)[:size]
+            judged = {"anomaly_score": score, "accepted": score <= reject.threshold}
         label = tf.argmax(logits, axis=-1)
         return {
+            **judged,
             "logits": logits,
             "probabilities": tf.nn.softmax(logits),
             "label": label,

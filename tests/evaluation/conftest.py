@@ -124,6 +124,69 @@ def results():
     }
 
 
+def separation(auroc):
+    """Return what results.json says of scores that part known from unknown images so well."""
+    figures = {"auroc": auroc, "auroc_ci95": [auroc - 0.0312, auroc + 0.0298], "aupr_in": 0.812, "aupr_out": 0.793}
+    figures |= {"fpr_at_95_id_tpr": 0.4375, "fpr_at_95_ood_tpr": 0.3917, "detection_error": 0.171}
+    return {**figures, "oscr": auroc * 0.7, "ccr_at_fpr_10": 0.288}
+
+
+def detector_entry(sets, *, threshold, both_attacked, notes=(), reject=None):
+    of_sets = {
+        name: {**separation(0.83 - 0.01 * place), "accepted": wilson(97, 300), "f1_binary": 0.7421, "f1_macro": 0.6138}
+        for place, name in enumerate(sets)
+    }
+    aurocs = {"clean": 0.8412, "known_attacked": 0.5533, "unknown_attacked": 0.4677, "both_attacked": both_attacked}
+    known, unknown = wilson(171, 300), wilson(288, 300)
+    cells = {
+        key: {**separation(each), "known_accepted": known, "unknown_accepted": unknown} for key, each in aurocs.items()
+    }
+    means = {
+        group: {key: each + 0.0007 for key, each in of_sets[name].items() if isinstance(each, float)}
+        for name, group in sets.items()
+        if group
+    }
+    entry = {"settings": {}, "notes": list(notes), "threshold": threshold, "sets": of_sets, "means": means}
+    entry |= {"accepted": wilson(951, 1000), "accepted_and_right": wilson(602, 1000)}
+    return {**entry, "grid": cells, "reject": reject}
+
+
+@pytest.fixture
+def open_set():
+    """Return the block `open_set`: three sets, and three detectors of which one is worse than chance under attack.
+
+    max_logit has no reject option measured, openmax a note of its fit and an AUROC of exactly a half.
+    """
+    sets = {"unknown classes": "", "tiny": "near", "svhn": "far"}
+    reject = {"clean_accuracy_with_reject": wilson(181, 300), "robust_accuracy_with_reject": wilson(103, 300)}
+    note_of_fit = "class 3: fewer than 3 different distances, so a step replaces the distribution"
+    attack = {"norm": "linf", "epsilon": 8 / 255, "steps": 100, "restarts": 1}
+    return {
+        "retention": 0.95,
+        "fit_on": "clean",
+        "fit_images": 48000,
+        "validation_images": 2000,
+        "known": {"n": 1000, "accuracy": wilson(617, 1000)},
+        "sets": {name: {"group": group, "n": 300} for name, group in sets.items()},
+        "scoring_seconds": {"together": 1.25},
+        "attack": {
+            "threat_model": {"norm": "linf", "epsilon": 8 / 255},
+            "known": 300,
+            "unknown": 300,
+            "set": "unknown classes",
+            "seed": 7,
+            "attacks": [{"name": "APGD", **attack}, {"name": "Square", "queries": 5000}],
+            "joint_attacks": [{"name": "JointPGD", "orthogonal": each, **attack} for each in (True, False)],
+            "candidates": 256,
+        },
+        "detectors": {
+            "max_logit": detector_entry(sets, threshold=-3.457, both_attacked=0.5219),
+            "mahalanobis": detector_entry(sets, threshold=187.25, both_attacked=0.3166, reject=reject),
+            "openmax": detector_entry(sets, threshold=0.9991, both_attacked=0.5, notes=[note_of_fit], reject=reject),
+        },
+    }
+
+
 class Trained(NamedTuple):
     """A plain convolutional classifier and images that it has not seen, most of them right."""
 

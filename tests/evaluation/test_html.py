@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from kerasdefense.evaluation.html import Examples, choose_examples, write_report
-from kerasdefense.evaluation.report import note, wilson
+from kerasdefense.evaluation.report import check_results, note, wilson
 
 HOSTILE = '<script src="http://evil.example/x.js">"&\'</script>'
 NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)*(?:e[-+]?\d+)?(?:/255)?")
@@ -67,11 +67,20 @@ def candidates(shape, *, labels=("cat", "dog", "ship"), fooled=True):
 
 @pytest.fixture
 def render(tmp_path):
-    def written(results, images=None, title="pgd_at on cifar10"):
-        write_report(tmp_path / "report.html", results, title=title, images=images)
+    def written(results, images=None, title="pgd_at on cifar10", pictures=None):
+        write_report(tmp_path / "report.html", results, title=title, images=images, pictures=pictures)
         return (tmp_path / "report.html").read_text(encoding="utf-8")
 
     return written
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Return the files of two different pictures."""
+    paths = {name: tmp_path / f"open_set_{name}.png" for name in ("scores", "roc")}
+    for width, path in enumerate(paths.values(), start=3):
+        Image.new("RGB", (width, 2), "white").save(path)
+    return paths
 
 
 def figures(content):
@@ -88,7 +97,10 @@ def traceable(results):
     allowed = set()
     count = results["clean_accuracy"]["n"]
     after_each = [wilson(round(each["cascaded_accuracy"] * count), count)["ci95"] for each in results["attacks"]]
-    for figure in [*figures(results), *figures(after_each)]:
+    detectors = (results.get("open_set") or {"detectors": {}})["detectors"]
+    accepted = [entry["grid"]["both_attacked"]["known_accepted"] for entry in detectors.values() if entry["grid"]]
+    refused = [1 - each for known in accepted for each in (known["value"], *known["ci95"])]
+    for figure in [*figures(results), *figures(after_each), *refused]:
         if isinstance(figure, str):
             allowed |= set(NUMBER.findall(figure)) | {figure}
         elif isinstance(figure, (int, float)):
@@ -235,6 +247,124 @@ def test_page_of_a_random_model_shows_the_protocol(render, results):
 def test_not_run_is_never_shown_as_passed(render, results):
     row = re.search(r'<tr role="row" class="idle">.*?S16.*?</tr>', render(results), re.DOTALL).group()
     assert "not run" in row and "passed" not in row and "does not gate" not in row
+
+
+def unknown_images(source):
+    """Return the source of the section on unknown images, and its page."""
+    section = re.search(
+        r'<section class="card long" aria-labelledby="unknown">.*?</section>', source, re.DOTALL
+    ).group()
+    return section, Page(section)
+
+
+def row_of(section, table, detector):
+    """Return the text of a detector's row in the table that the heading `table` names."""
+    found = section[section.index(f">{table}</h3>") :]
+    rows = re.findall(r'<tr role="row">.*?</tr>', found[: found.index("</table>")], re.DOTALL)
+    return next(page.text for page in map(Page, rows) if page.text.startswith(detector))
+
+
+def test_unknown_images_are_shown_with_every_figure_from_the_results(render, results, open_set, pictures):
+    results["open_set"] = open_set
+    check_results(results)
+    source = render(results, pictures=pictures)
+    section, page = unknown_images(source)
+    numbers = NUMBER.findall(re.sub("95 % (of|interval)", "", page.text))
+    assert len(numbers) > 150 and sorted({each.strip(",.") for each in numbers} - traceable(results)) == []
+    words = "max logit 83.0 % 79.9 to 86.0 % 43.8 % 39.2 % 58.1 % 74.2 % 61.4 % 32.3 % 27.3 to 37.8 %"
+    assert row_of(section, "Known against unknown classes", "max logit") == words
+    assert row_of(section, "Known against tiny (near)", "openmax").startswith("openmax 82.0 %")
+    words = "mahalanobis 81.1 % 43.8 % 39.2 % 56.8 % 74.3 % 61.5 %"
+    assert row_of(section, "Mean over the far sets", "mahalanobis") == words
+    words = "openmax class 3: fewer than 3 different distances, so a step replaces the distribution 0.9991 95.1 %"
+    assert row_of(section, "Thresholds", "openmax").startswith(words)
+    words = "max logit 84.1 % 81.0 to 87.1 % 55.3 % 52.2 to 58.3 % 46.8 % 43.6 to 49.8 % 52.2 % 49.1 to 55.2 %"
+    assert row_of(section, "AUROC by who is attacked", "max logit") == words
+    words = "mahalanobis 58.9 % 22.2 % 43.0 % 37.5 to 48.7 % 96.0 % 93.1 to 97.7 % 34.3 % 29.2 to 39.9 %"
+    assert row_of(section, "What the attacks leave", "mahalanobis") == words
+    lead = (
+        "Scores of 300 known images were raised and those of 300 unknown ones (unknown classes) lowered, in the L∞ "
+        "ball of radius 8/255, by APGD (100 steps, 1 start) and Square (5,000 queries), seed 7. The threshold was set "
+        "on clean validation images and never moved."
+    )
+    assert lead in page.text and "orthogonal JointPGD (100 steps, 1 start) and JointPGD (100" in page.text
+    assert "from the share accepted" in source
+
+
+def test_pictures_of_unknown_images_stand_in_the_page(render, results, open_set, pictures):
+    source = render({**results, "open_set": open_set}, pictures=pictures)
+    _, page = unknown_images(source)
+    found = [base64.b64decode(each.partition("data:image/png;base64,")[2]) for each in page.all("img", "src")]
+    assert found == [path.read_bytes() for path in pictures.values()]
+    alt = page.all("img", "alt")
+    assert "attacked ones as lines" in alt[0] and "dashed while both are attacked" in alt[1]
+    assert all(str(path) not in source for path in pictures.values())
+    assert page.open == [] and all(given.get("scope") for tag, given in page.tags if tag == "th")
+    names = [given["id"] for _, given in Page(source).tags if "id" in given]
+    assert len(names) == len(set(names)) and set(page.all("table", "aria-labelledby")) <= set(names)
+    assert all(given["data-label"] for tag, given in page.tags if tag == "td")
+    assert unknown_images(render({**results, "open_set": open_set}))[1].all("img", "src") == []
+
+
+@pytest.mark.parametrize("block", [{}, {"open_set": None}])
+def test_page_without_unknown_images_reads_no_pictures(render, results, tmp_path, block):
+    source = render({**results, **block}, pictures={"scores": tmp_path / "missing.png"})
+    assert "Unknown images" not in source and "<img" not in source and "from the share accepted" not in source
+
+
+def test_unknown_images_whose_score_nobody_attacked(render, results, open_set, pictures):
+    open_set["attack"] = None
+    for entry in open_set["detectors"].values():
+        entry["grid"] = entry["reject"] = None
+    _, page = unknown_images(render({**results, "open_set": open_set}, pictures=pictures))
+    assert "Thresholds" in page.text and "Known against svhn (far)" in page.text
+    assert "Attacks on the score" not in page.text and "not run" not in page.text
+    assert not any("attacked" in alt for alt in page.all("img", "alt"))
+
+
+def test_detectors_without_unknown_images_show_thresholds_alone(render, results, open_set):
+    open_set.update(attack=None, sets={})
+    for entry in open_set["detectors"].values():
+        entry.update(sets={}, means={}, grid=None, reject=None)
+    _, page = unknown_images(render({**results, "open_set": open_set}))
+    assert page.all("table", "aria-labelledby") == ["thresholds"] and "FPR95" not in page.text
+
+
+def test_names_of_sets_and_notes_are_escaped(render, results, open_set, pictures):
+    name = "<b>x"
+    open_set["sets"][name] = open_set["sets"].pop("tiny")
+    open_set["attack"]["set"] = name
+    for entry in open_set["detectors"].values():
+        entry["sets"][name] = entry["sets"].pop("tiny")
+        entry["notes"] = [HOSTILE]
+    open_set["detectors"][HOSTILE] = open_set["detectors"].pop("max_logit")
+    source = render({**results, "open_set": open_set}, pictures=pictures)
+    section, page = unknown_images(source)
+    assert name not in section and "<script" not in section and "script" not in {tag for tag, _ in page.tags}
+    for words in ("Known against <b>x (near)", "300 unknown ones (<b>x) lowered", HOSTILE):
+        assert words in page.text
+    assert page.text.count("<b>x") == 3
+
+
+@pytest.mark.parametrize("auroc, is_worse", [(0.4999, True), (0.5, False), (0.5001, False)])
+def test_worse_than_chance_is_said_only_where_both_are_attacked(render, results, open_set, auroc, is_worse):
+    open_set["detectors"]["max_logit"]["grid"]["both_attacked"]["auroc"] = auroc
+    section, page = unknown_images(render({**results, "open_set": open_set}))
+    marked = {
+        detector: "worse than chance" in row_of(section, "AUROC by who is attacked", detector)
+        for detector in ("max logit", "mahalanobis", "openmax")
+    }
+    assert marked == {"max logit": is_worse, "mahalanobis": True, "openmax": False}
+    assert page.text.count("worse than chance") == sum(marked.values())
+    assert section.count('<span class="status bad">✗ worse than chance</span>') == sum(marked.values())
+
+
+def test_accuracy_with_reject_that_was_not_sought_is_not_run(render, results, open_set):
+    section, page = unknown_images(render({**results, "open_set": open_set}))
+    assert row_of(section, "What the attacks leave", "max logit").endswith("not run")
+    assert page.text.count("not run") == 1
+    open_set["attack"].update(joint_attacks=[], candidates=0)
+    assert "Such points were sought" not in unknown_images(render({**results, "open_set": open_set}))[1].text
 
 
 def test_chosen_examples_are_fooled_first_and_of_all_classes():

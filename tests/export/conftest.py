@@ -12,6 +12,8 @@ from PIL import Image
 from kerasdefense import backbones, config, export
 from kerasdefense.attacks import PGD
 from kerasdefense.defenses import PGDAT, Standard
+from kerasdefense.detectors import DETECTORS
+from kerasdefense.detectors.rejection import RejectOption
 
 SHAPE = (8, 8, 3)
 LABELS = ("cat", "dög", "bird")
@@ -47,6 +49,24 @@ def defense(pixels):
     label = np.arange(6, dtype=np.int32) % 3
     defense.fit(pixels / np.float32(255), label, batch_size=3, epochs=2, verbose=0)
     return defense
+
+
+@pytest.fixture(scope="session")
+def reject_option(defense):
+    """Return a function that fits a detector to random images and sets its threshold at their median score."""
+
+    @functools.cache
+    def reject_option(name):
+        random = np.random.default_rng(7)
+        image = random.random((90, *SHAPE)).astype(np.float32)
+        activations = {key: each.numpy() for key, each in defense.activations(image).items()}
+        settings = {"knn": {"k": 5}}.get(name, {})
+        head = [each.numpy() for each in defense.backbone.get_layer("logits").weights]
+        detector = DETECTORS[name](**settings).fit(activations, activations["logits"].argmax(axis=1), tuple(head))
+        threshold = float(np.median(detector.score_image(defense.activations, tf.constant(image))))
+        return RejectOption(name, detector, threshold, 0.5, "clean", None, (90, 90))
+
+    return reject_option
 
 
 @pytest.fixture(scope="session")

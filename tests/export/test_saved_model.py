@@ -69,6 +69,26 @@ def test_graph_has_core_ops_only(version):
     assert ops <= set(dir(tf.raw_ops))  # ops of other packages, such as Addons>..., are not there
 
 
+@pytest.mark.parametrize("name", ["knn", "odin"])
+def test_version_with_a_reject_option_has_core_ops_only_and_says_so_on_its_card(
+    name, defense, card, labels, reject_option, tmp_path
+):
+    option = reject_option(name)
+    described = {**card, "rejection": option.described()}
+    version = export.save(defense, tmp_path, labels=labels, version=0, card=described, reject=option)
+    ops = graph_ops(version)
+    assert not ops & PYTHON_OPS and ops <= set(dir(tf.raw_ops))
+    loaded = tf.saved_model.load(str(version))
+    assert len(loaded.weights) == len(defense.backbone.variables) + len(option.detector.state())
+    image = tf.random.stateless_uniform([5, 8, 8, 3], [1, 2])
+    outputs = loaded.signatures["serving_default"](image=image)
+    expected = option.detector.score_image(defense.activations, image)
+    np.testing.assert_allclose(outputs["anomaly_score"], expected, rtol=1e-4, atol=1e-5)
+    written = json.loads((version / "card.json").read_text(encoding="utf-8"))
+    export.check_card(written)
+    assert written["rejection"]["threshold"] == option.threshold and written["rejection"]["detector"] == name
+
+
 def test_graph_ops_sees_python_functions(tmp_path):
     module = tf.Module()
     module.call = tf.function(
@@ -118,7 +138,7 @@ class TestWithoutTensorFlow:
 
     @pytest.fixture(autouse=True)
     def _fill_instead(self, monkeypatch):
-        monkeypatch.setattr("kerasdefense.export.saved_model._compare", lambda defense, path: None)
+        monkeypatch.setattr("kerasdefense.export.saved_model._compare", lambda defense, reject, path: None)
         monkeypatch.setattr(tf.saved_model, "save", lambda module, path, signatures: fill(path))
 
     def test_numbers_go_up_from_the_highest(self, defense, labels, card, tmp_path):

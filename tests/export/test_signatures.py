@@ -11,6 +11,7 @@ from kerasdefense import InputError, export
 from kerasdefense.attacks import PGD
 from kerasdefense.data import records
 from kerasdefense.defenses import Standard
+from kerasdefense.detectors import DETECTORS
 
 OUTPUTS = {"logits": tf.float32, "probabilities": tf.float32, "label": tf.int64, "class_name": tf.string}
 
@@ -50,6 +51,27 @@ def test_signatures_agree_with_the_defense_on_exact_images(signatures, defense, 
         np.testing.assert_array_equal(outputs["label"], logits.argmax(axis=1))
         names = [name.decode() for name in outputs["class_name"].numpy()]
         assert names == [labels[index] for index in logits.argmax(axis=1)]
+
+
+@pytest.mark.parametrize("name", sorted(DETECTORS))
+def test_reject_option_adds_the_score_and_the_verdict_of_python(name, defense, reject_option, labels, encode):
+    option = reject_option(name)
+    random = np.random.default_rng(8)
+    pixels = random.integers(0, 256, (20, 8, 8, 3), np.uint8)
+    pixels[10:] = pixels[10:, :1, :1]  # of one colour each
+    image = tf.constant(pixels / np.float32(255))
+    module = export.serving_module(defense, labels, option)
+    outputs = module.serving_default(image)
+    assert set(outputs) == {*OUTPUTS, "anomaly_score", "accepted"}
+    expected = option.detector.score_image(defense.activations, image).numpy()
+    np.testing.assert_allclose(outputs["anomaly_score"], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(outputs["accepted"], outputs["anomaly_score"].numpy() <= option.threshold)
+    assert 0 < outputs["accepted"].numpy().mean() < 1
+    np.testing.assert_allclose(outputs["logits"], defense(image), atol=1e-5)
+    of_files = module.image_bytes(tf.constant([encode(each) for each in pixels]))
+    np.testing.assert_allclose(of_files["anomaly_score"], expected, rtol=1e-4, atol=1e-5)
+    empty = module.serving_default(image[:0])
+    assert empty["anomaly_score"].shape == empty["accepted"].shape == [0]
 
 
 @pytest.mark.parametrize(
