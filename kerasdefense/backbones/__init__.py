@@ -13,6 +13,8 @@ import keras
 
 from kerasdefense import config
 from kerasdefense.backbones.blocks import ImageShape
+from kerasdefense.backbones.decoder import decoder
+from kerasdefense.backbones.denoising import denoising_resnet
 from kerasdefense.backbones.own import as_backbone, load
 from kerasdefense.backbones.plain import small_cnn
 from kerasdefense.backbones.precision import in_precision, with_precision
@@ -53,6 +55,8 @@ __all__ = [
     "as_backbone",
     "build",
     "cifar_resnet",
+    "decoder",
+    "denoising_resnet",
     "in_precision",
     "resnet18",
     "small_cnn",

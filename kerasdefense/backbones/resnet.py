@@ -64,16 +64,26 @@ def resnet18(
     return blocks.finish(image, tensor, classes, name="resnet18")
 
 
+def stem(tensor: Tensor, filters: int) -> Tensor:
+    """Return a normalised and rectified 3x3 convolution of the image."""
+    return blocks.relu(blocks.normalised_convolution(tensor, filters, 3, name="stem"), name="stem_relu")
+
+
+def stage(tensor: Tensor, filters: int, *, number: int, blocks_per_stage: int, end: Optional[str] = None) -> Tensor:
+    """Return stage `number` = 1, 2, ... of basic blocks, whose last ReLU is named `end`; later ones halve the side."""
+    for block in range(1, blocks_per_stage + 1):
+        name = f"stage{number}_block{block}"
+        tensor = _residual(tensor, filters, stride=2 if number > 1 and block == 1 else 1, name=name)
+        tensor = blocks.relu(tensor, name=end if end and block == blocks_per_stage else f"{name}_relu")
+    return tensor
+
+
 def _stages(tensor: Tensor, *, widths: tuple[int, ...], blocks_per_stage: int) -> Tensor:
-    """Return the feature map after a stem and stages of basic blocks; later stages halve the side."""
-    tensor = blocks.relu(blocks.normalised_convolution(tensor, widths[0], 3, name="stem"), name="stem_relu")
-    for stage, filters in enumerate(widths, start=1):
-        for block in range(1, blocks_per_stage + 1):
-            stride = 2 if stage > 1 and block == 1 else 1
-            last = stage == len(widths) and block == blocks_per_stage
-            name = f"stage{stage}_block{block}"
-            tensor = _residual(tensor, filters, stride=stride, name=name)
-            tensor = blocks.relu(tensor, name="feature_map" if last else f"{name}_relu")
+    """Return the feature map after a stem and stages of basic blocks."""
+    tensor = stem(tensor, widths[0])
+    for number, filters in enumerate(widths, start=1):
+        end = "feature_map" if number == len(widths) else None
+        tensor = stage(tensor, filters, number=number, blocks_per_stage=blocks_per_stage, end=end)
     return tensor
 
 

@@ -1,7 +1,9 @@
-"""Layers that Keras does not have."""
+"""Layers that Keras does not have, and a transformation of images without weights."""
 
 from __future__ import annotations
 
+from kerasdefense.layers.denoising import DENOISERS, DualAttention, NonLocal
 from kerasdefense.layers.logits import Logits
+from kerasdefense.layers.rotation import rotate
 
-__all__ = ["Logits"]
+__all__ = ["DENOISERS", "DualAttention", "Logits", "NonLocal", "rotate"]

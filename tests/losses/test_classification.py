@@ -67,6 +67,7 @@ def test_margin_by_hand():
     np.testing.assert_array_equal(losses.margin(logits, np.array([1, 2, 0])), [-2, 2, 0])
 
 
+# osdn_caml 6: at least 0
 @given(seeds, classes, st.sampled_from([0.01, 1.0, 5.0]))
 def test_kl_divergence_matches_scipy_and_is_not_negative(seed, classes, scale):
     reference, _ = draw(seed, classes, scale)
@@ -78,10 +79,31 @@ def test_kl_divergence_matches_scipy_and_is_not_negative(seed, classes, scale):
     assert (divergence >= -1e-6).all()
 
 
+# osdn_caml 6: 0 for logits that differ by a constant
 @given(seeds, classes, st.floats(-100, 100))
 def test_kl_divergence_of_equal_distributions_is_zero(seed, classes, shift):
     logits, _ = draw(seed, classes, 3.0)
     np.testing.assert_allclose(losses.kl_divergence(logits, logits + shift), 0, atol=1e-5)
+
+
+# osdn_caml 6: asymmetric in general
+def test_kl_divergence_takes_the_reference_first():
+    reference, logits = tf.constant([[2.0, 0, 0]]), tf.constant([[0.0, 1, -3]])
+    p, q = scipy.special.softmax(reference.numpy()), scipy.special.softmax(logits.numpy())
+    np.testing.assert_allclose(losses.kl_divergence(reference, logits), [np.sum(p * np.log(p / q))], rtol=1e-5)
+    assert abs(losses.kl_divergence(reference, logits) - losses.kl_divergence(logits, reference)) > 0.1
+
+
+# osdn_caml 7, 8: mutual learning pulls the student alone, by softmax(student) - teacher
+def test_kl_divergence_gradient_is_the_difference_of_the_distributions():
+    teacher, student = draw(1, 6, 3.0)[0], draw(2, 6, 3.0)[0]
+    with tf.GradientTape() as tape:
+        tape.watch([teacher, student])
+        loss = losses.kl_divergence(tf.stop_gradient(teacher), student)
+    to_teacher, to_student = tape.gradient(loss, [teacher, student])
+    expected = scipy.special.softmax(student, axis=1) - scipy.special.softmax(teacher, axis=1)
+    np.testing.assert_allclose(to_student, expected, atol=1e-6)
+    assert to_teacher is None
 
 
 @pytest.mark.parametrize(
