@@ -60,7 +60,7 @@ def _table(title: str, caption: str, headings: Sequence[str]) -> Table:
     )
     table.add_column("detector", no_wrap=True)
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     return table
 
 
