@@ -170,7 +170,7 @@ def _of_keras(model: keras.Model, outputs: str) -> Loaded:
         classes=classes,
         is_randomised=_declared(model),
     )
-    return _as_logits(_with_embedding(loaded, answer, every), given) if given == "logits" else _as_logits(loaded, given)
+    return _with_embedding(loaded, answer, every) if given == "logits" else _as_logits(loaded, given)
 
 
 def _with_embedding(loaded: Loaded, model: keras.Model, outputs: Any) -> Loaded:

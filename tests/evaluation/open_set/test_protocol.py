@@ -24,10 +24,9 @@ from kerasdefense.evaluation.open_set import (
     write_pictures,
 )
 from kerasdefense.evaluation.open_set import attacked as attacked_module
-from kerasdefense.evaluation.open_set.score_attacks import Moved
 from kerasdefense.types import InputError, UsageError
 
-NAMES = ("max_logit", "mahalanobis", "openmax_shifted")
+NAMES = ("max_logit", "mahalanobis")
 THREAT = ThreatModel("linf", 0.1)
 OPTIONS = OpenSetOptions(examples=16, steps=5, chunk_size=16)
 CELLS = attacked_module.CELLS
@@ -138,53 +137,35 @@ def test_images_that_others_found_count_as_well(open_digits, as_dataset):
     assert entry["reject"]["robust_accuracy_with_reject"]["value"] == 0
 
 
-RESUMED = {
-    "steps": lambda digits: {"options": {"steps": 3}},
-    "starts": lambda digits: {"options": {"starts": 2}},
-    "joint": lambda digits: {"options": {"joint": False}},
-    "seed": lambda digits: {"options": {"seed": 1}},
-    "model": lambda digits: {"loaded": digits.loaded._replace(digest="another")},
-    "fit": lambda digits: {"options": {"fit_examples": 100}, "name": "mahalanobis"},
-    "images": lambda digits: {"known": "validation"},
-    "labels": lambda digits: {"known": "relabelled"},
-}
+@pytest.mark.parametrize("what", ["steps", "starts", "joint", "seed", "epsilon", "model", "fit", "images", "labels"])
+def test_attack_is_remembered_only_where_all_is_the_same(what, open_digits, as_dataset):
+    def key(changed=""):
+        changes = {"steps": {"steps": 3}, "starts": {"starts": 2}, "joint": {"joint": False}, "seed": {"seed": 1}}
+        options = OPTIONS._replace(**changes.get(changed, {}))
+        threat = ThreatModel("linf", 0.2 if changed == "epsilon" else 0.1)
+        loaded = open_digits.loaded._replace(digest="another" if changed == "model" else "one")
+        known = {
+            "images": open_digits.validation,
+            "labels": dataclasses.replace(open_digits.known, label=np.roll(open_digits.known.label, 1)),
+        }.get(changed, open_digits.known)
+        detector = open_digits.fitted("mahalanobis" if changed != "fit" else "relative_mahalanobis")
+        images = images_of(open_digits, as_dataset, known=as_dataset(known))
+        return attacked_module.Attacked(loaded, images, threat, options)._key(detector)
+
+    assert key() == key() != key(what)
 
 
-@pytest.mark.parametrize("what", RESUMED)
-def test_remembered_attack_is_used_only_where_all_is_the_same(what, open_digits, as_dataset, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(attacked_module, "move_scores", lambda *given: calls.append(given[0].name) or moved(*given))
-    monkeypatch.setattr(attacked_module, "fool_unnoticed", lambda target, chunk, attacks: np.zeros(len(chunk.label)))
-
-    def moved(target, chunk, sign, attacks):  # what is found does not matter here
-        scored = target.scorer.of_chunk(chunk)
-        return Moved(chunk.image, scored.score[target.name], scored.prediction)
-
-    change = RESUMED[what](open_digits)
-    name = change.pop("name", "max_logit")
-    options = OPTIONS._replace(folder=tmp_path, steps=2)
-    first = measure(open_digits, as_dataset, (name,), options)
-    again = measure(open_digits, as_dataset, (name,), options)
-    assert calls == [name]
-    for key, array in first.arrays.items():
-        np.testing.assert_array_equal(again.arrays[key], array)
-    if "known" in change:
-        other = {"validation": open_digits.validation}
-        label = np.roll(open_digits.known.label, 1)
-        other["relabelled"] = dataclasses.replace(open_digits.known, label=label)
-        change["known"] = as_dataset(other[change["known"]])
-    options = options._replace(**change.pop("options", {}))
-    measure(open_digits, as_dataset, (name,), options, **change)
-    assert calls == [name] * 2
-
-
-def test_remembered_attack_that_is_torn_is_made_again(open_digits, as_dataset, tmp_path):
+def test_evaluation_that_was_stopped_attacks_no_detector_twice(open_digits, as_dataset, tmp_path, monkeypatch):
+    calls, attack = [], attacked_module.move_scores
+    monkeypatch.setattr(attacked_module, "move_scores", lambda *given: calls.append(given[0].name) or attack(*given))
     options = OPTIONS._replace(folder=tmp_path, steps=2, joint=False)
     first = measure(open_digits, as_dataset, ("energy",), options)
-    (tmp_path / "energy.npz").write_bytes(b"torn")
-    again = measure(open_digits, as_dataset, ("energy",), options)
-    for key, array in first.arrays.items():
-        np.testing.assert_array_equal(again.arrays[key], array)
+    for expected in (1, 2):
+        again = measure(open_digits, as_dataset, ("energy",), options)
+        for key, array in first.arrays.items():
+            np.testing.assert_array_equal(again.arrays[key], array)
+        assert len(calls) == expected
+        (tmp_path / "energy.npz").write_bytes(b"torn")  # and so made again
     measure(open_digits, as_dataset, ("msp",), options, loaded=open_digits.loaded._replace(digest=""))
     assert not (tmp_path / "msp.npz").exists()  # nothing tells one such model from another
 
