@@ -49,6 +49,10 @@ class Backbone:
     name: str = _field("resnet8", "architecture, a key of BACKBONES; ignored with --backbone_path")
     width: int = _field(16, "channels of the first stage (wide_resnet: the widening factor)", low=1)
     depth: int = _field(16, "layers of wide_resnet (6n + 4); other architectures carry their depth in the name", low=1)
+    denoise: str = _field("cbam", "denoising blocks of the osdn_ architectures", ("cbam", "nonlocal", "none"))
+    places: str = _field(
+        "", "where they are, comma-separated: 0 = after the stem, 1, 2, ... = after that stage; empty = everywhere"
+    )
     path: str = _field("", "your own Keras classifier (.keras, .h5 or SavedModel folder) to fine-tune instead")
     pooling_layer: str = _field("", "name of its global pooling layer, where it cannot be found")
     logits_layer: str = _field("", "name of its last dense layer, where it cannot be found")

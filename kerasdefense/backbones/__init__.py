@@ -1,28 +1,32 @@
 """Backbones: functional classifiers from `image` to `feature_map`, `embedding` and `logits`.
 
 Images are float32 [batch, height, width, channels] in [0, 1]; normalisation is a layer of the backbone.
-`feature_map` is what enters global pooling, `embedding` what enters the last dense layer.
+`feature_map` is what enters global pooling, `embedding` what enters the last dense layer: the mean of the feature map,
+or with the osdn_ architectures a dense layer on it.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Callable
+from typing import Any, Callable
 
 import keras
 
 from kerasdefense import config
 from kerasdefense.backbones.blocks import ImageShape
 from kerasdefense.backbones.decoder import decoder
-from kerasdefense.backbones.denoising import denoising_resnet
+from kerasdefense.backbones.denoising import denoising_resnet, plain_copy
 from kerasdefense.backbones.own import as_backbone, load
 from kerasdefense.backbones.plain import small_cnn
-from kerasdefense.backbones.precision import in_precision, with_precision
+from kerasdefense.backbones.precision import in_precision, precision_of, with_precision
 from kerasdefense.backbones.resnet import cifar_resnet, resnet18
 from kerasdefense.backbones.wide import wide_resnet
 from kerasdefense.types import UsageError, look_up
 
 BACKBONES: dict[str, Callable[..., keras.Model]] = {
+    "osdn_resnet14": functools.partial(denoising_resnet, depth=14),
+    "osdn_resnet18": denoising_resnet,
+    "osdn_resnet8": functools.partial(denoising_resnet, depth=8),
     "resnet14": functools.partial(cifar_resnet, depth=14),
     "resnet18": resnet18,
     "resnet20": functools.partial(cifar_resnet, depth=20),
@@ -47,7 +51,20 @@ def build(backbone: config.Backbone, *, image_shape: ImageShape, classes: int) -
     make = look_up(BACKBONES, backbone.name, "backbone")
     if backbone.name == "wide_resnet":
         return make(image_shape, classes, depth=backbone.depth, width=backbone.width)
+    if backbone.name.startswith("osdn_"):
+        return make(image_shape, classes, width=backbone.width, **_denoising(backbone))
     return make(image_shape, classes, width=backbone.width)
+
+
+def _denoising(backbone: config.Backbone) -> dict[str, Any]:
+    """Return the kind and the places of a configuration's denoising blocks."""
+    if backbone.denoise == "none":
+        return {"places": ()}
+    try:
+        places = tuple(int(each) for each in backbone.places.split(",")) if backbone.places else None
+    except ValueError as error:
+        raise UsageError(f"--backbone_places={backbone.places!r} must be numbers such as 0,1,2") from error
+    return {"denoise": backbone.denoise, "places": places}
 
 
 __all__ = [
@@ -58,6 +75,8 @@ __all__ = [
     "decoder",
     "denoising_resnet",
     "in_precision",
+    "plain_copy",
+    "precision_of",
     "resnet18",
     "small_cnn",
     "wide_resnet",

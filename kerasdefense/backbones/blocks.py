@@ -77,6 +77,21 @@ def batch_normalisation(tensor: Tensor, *, name: str) -> Tensor:
     return layer(tensor)
 
 
+def synchronize_alike(copy: keras.Model, model: keras.Model) -> None:
+    """Synchronize each batch normalisation of a copy over replicas where that of its name is.
+
+    Keras leaves this out of a layer's configuration, and so out of copies made by it.
+    """
+
+    def normalisations(of: keras.Model) -> list[Any]:
+        return [each for each in of.submodules if isinstance(each, keras.layers.BatchNormalization)]
+
+    names = {layer.name for layer in normalisations(model) if layer.synchronized}
+    for layer in normalisations(copy):
+        if layer.name in names:
+            layer.synchronized, layer.fused = True, False
+
+
 def normalised_convolution(tensor: Tensor, filters: int, kernel_size: int, *, stride: int = 1, name: str) -> Tensor:
     """Convolve, then normalise by batch; no activation."""
     tensor = convolution(tensor, filters, kernel_size, stride=stride, name=f"{name}_conv")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import keras
 
@@ -62,6 +62,28 @@ def denoising_resnet(
     logits = keras.layers.Dense(classes, kernel_initializer="he_normal", dtype="float32", name="logits")(embedding)
     outputs = {"feature_map": tensor, "embedding": embedding, "logits": logits}
     return keras.Model(image, outputs, name=f"denoising_resnet{depth}")
+
+
+def plain_copy(backbone: keras.Model, *, name: str) -> keras.Model:
+    """Return a backbone with new weights and the trunk of another, but no denoising blocks.
+
+    Its `embedding` is the mean of its feature map, whatever that of the other is.
+
+    Args:
+        backbone: functional model with the outputs of a backbone; blocks in models nested in it stay.
+        name: of the model returned.
+    """
+    denoisers: Any = tuple(DENOISERS.values())
+
+    def copy(layer: keras.layers.Layer) -> keras.layers.Layer:
+        if isinstance(layer, denoisers):
+            return keras.layers.Activation("linear", name=layer.name, dtype=layer.dtype_policy)
+        return type(layer).from_config(layer.get_config())
+
+    trunk = keras.models.clone_model(backbone, clone_function=copy)
+    blocks.synchronize_alike(trunk, backbone)
+    classes = backbone.output_shape["logits"][-1]
+    return blocks.finish(trunk.input, trunk.output["feature_map"], classes, name=name)
 
 
 def _trunk(depth: int) -> _Trunk:

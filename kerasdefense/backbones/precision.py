@@ -6,15 +6,31 @@ from typing import Any
 
 import keras
 
+from kerasdefense.backbones import blocks
+
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 
 
-def with_precision(backbone: keras.Model, precision: str) -> keras.Model:
-    """Return a copy of the backbone, weights included, whose layers compute in one of PRECISIONS."""
-    logits = _logits_layer(backbone).name
-    recast = type(backbone).from_config(in_precision(backbone.get_config(), precision, but=logits))
-    recast.set_weights(backbone.get_weights())
+def with_precision(model: keras.Model, precision: str, *, but: str = "") -> keras.Model:
+    """Return a copy of a model, weights included, whose layers compute in one of PRECISIONS.
+
+    Args:
+        model: backbone, or any functional model.
+        precision: one of PRECISIONS.
+        but: name of the layer that stays as it is; empty = the one that gives a backbone's logits.
+    """
+    kept = but or _logits_layer(model).name
+    recast = type(model).from_config(in_precision(model.get_config(), precision, but=kept))
+    recast.set_weights(model.get_weights())
+    blocks.synchronize_alike(recast, model)
     return recast
+
+
+def precision_of(model: keras.Model) -> str:
+    """Return which of PRECISIONS a model computes in: a mixed one if any of its layers does."""
+    layers = (each for each in model.submodules if isinstance(each, keras.layers.Layer))
+    policies = {layer.dtype_policy.name for layer in layers}
+    return next((each for each in PRECISIONS[1:] if each in policies), PRECISIONS[0])
 
 
 def in_precision(config: Any, precision: str, *, but: str = "") -> Any:

@@ -10,13 +10,26 @@ import pytest
 import tensorflow as tf
 
 from kerasdefense import config
-from kerasdefense.backbones import BACKBONES, blocks, build, cifar_resnet, resnet18, small_cnn, wide_resnet
+from kerasdefense.backbones import (
+    BACKBONES,
+    blocks,
+    build,
+    cifar_resnet,
+    plain_copy,
+    resnet18,
+    small_cnn,
+    wide_resnet,
+    with_precision,
+)
+from kerasdefense.layers import DualAttention, NonLocal
 from kerasdefense.training import mirrored
 from kerasdefense.types import UsageError
 
 CLASSES = 4
 SETTINGS = {name: {"width": 2} for name in BACKBONES} | {"wide_resnet": {"width": 1, "depth": 10}}
 BLOCKS = {"resnet8": 1, "resnet14": 2, "resnet20": 3, "resnet18": 2}
+DENOISING = {name: name.removeprefix("osdn_") for name in BACKBONES if name.startswith("osdn_")}
+"""Backbones whose embedding is a dense layer on the mean of the feature map, by the name of their trunk."""
 
 
 @functools.cache
@@ -58,12 +71,26 @@ def wide_resnet_size(channels, width, *, depth):
     return kernels, normalised
 
 
+def denoising_size(channels, width, *, stages, blocks_per_stage):
+    """Beside the trunk: its blocks, whose narrow MLP has one unit and biases, and the dense layer of the embedding."""
+    kernels, normalised = resnet_size(channels, width, stages=stages, blocks_per_stage=blocks_per_stage)
+    latent, feature = 8 * width, width * 2 ** (stages - 1)
+    for wide in (width, *(width * 2**stage for stage in range(stages))):
+        middle = max(1, wide // 16)
+        kernels += wide**2 + 2 * wide * middle + middle + wide + 49 * 2
+        normalised += wide + 1
+    return kernels + (feature + 1) * latent, normalised + latent
+
+
 def size(name, channels):
+    """Kernel values (with the few biases of denoising blocks), channels that are normalised, size of the embedding."""
     if name == "small_cnn":
         return *small_cnn_size(channels, 2), 8
     if name == "wide_resnet":
         return *wide_resnet_size(channels, 1, depth=10), 64
-    stages = 4 if name == "resnet18" else 3
+    stages = 4 if name.endswith("resnet18") else 3
+    if name in DENOISING:
+        return *denoising_size(channels, 2, stages=stages, blocks_per_stage=BLOCKS[DENOISING[name]]), 8 * 2
     embedding = 2 * 2 ** (stages - 1)
     return *resnet_size(channels, 2, stages=stages, blocks_per_stage=BLOCKS[name]), embedding
 
@@ -99,24 +126,28 @@ def test_parameter_count_is_the_published_one(make, parameters):
 def test_backbone_has_the_named_outputs(name, image_shape):
     model = narrow(name, image_shape)
     side, width = image_shape[0], size(name, channels=1)[-1]
-    side = -(-side // 8) if name == "resnet18" else -(-side // 4)
+    side = -(-side // 8) if name.endswith("resnet18") else -(-side // 4)
     assert model.input_shape == (None, *image_shape)
     assert model.inputs[0].name == "image"
     assert model.output_shape == {
-        "feature_map": (None, side, side, width),
+        "feature_map": (None, side, side, size(DENOISING.get(name, name), channels=1)[-1]),
         "embedding": (None, width),
         "logits": (None, CLASSES),
     }
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_embedding_is_the_mean_of_the_feature_map_and_logits_its_affine_map(name):
+def test_embedding_is_of_the_mean_of_the_feature_map_and_logits_its_affine_map(name):
     model = narrow(name, (8, 8, 1))
     logits = model.get_layer("logits")
     logits.bias.assign(np.arange(CLASSES, dtype="float32"))
     outputs = {key: value.numpy() for key, value in model(random_image((8, 8, 1))).items()}
     assert outputs["embedding"].std() > 0
-    np.testing.assert_allclose(outputs["embedding"], outputs["feature_map"].mean(axis=(1, 2)), atol=1e-6)
+    mean = outputs["feature_map"].mean(axis=(1, 2))
+    if name in DENOISING:  # a dense layer, fresh batch normalisation, ReLU
+        dense = model.get_layer("latent")
+        mean = np.maximum((mean @ dense.kernel.numpy() + dense.bias.numpy()) / np.sqrt(1 + 1e-5), 0)
+    np.testing.assert_allclose(outputs["embedding"], mean, atol=1e-6)
     expected = outputs["embedding"] @ logits.kernel.numpy() + logits.bias.numpy()
     np.testing.assert_allclose(outputs["logits"], expected, atol=1e-5)
 
@@ -129,7 +160,7 @@ def test_convolutions_have_no_bias_and_batch_normalisation_is_fused(name):
     assert batch_normalisations
     for layer in batch_normalisations:
         assert (layer.momentum, layer.epsilon) == (0.9, 1e-5)
-        assert layer.fused
+        assert layer.fused or len(layer.input_shape) == 2  # the embedding of osdn_ ones is a vector
         assert not layer.synchronized
 
 
@@ -138,9 +169,11 @@ def test_batch_normalisation_is_synchronized_over_replicas():
     assert len(devices) == 2
     with mirrored(tuple(devices)).scope():
         model = small_cnn((8, 8, 1), CLASSES, width=1)
-    layers = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
-    assert len(layers) == 5
-    assert all(layer.synchronized for layer in layers)
+        copies = [with_precision(model, "mixed_bfloat16"), plain_copy(model, name="peer")]
+    for each in (model, *copies):
+        layers = [layer for layer in each.layers if isinstance(layer, keras.layers.BatchNormalization)]
+        assert len(layers) == 5
+        assert all(layer.synchronized and not layer.fused for layer in layers)
 
 
 def test_kernels_are_he_normal():
@@ -188,6 +221,28 @@ def test_logits_are_float32_under_mixed_precision():
     assert outputs["logits"].dtype == tf.float32
 
 
+def test_build_takes_kind_and_places_of_denoising_blocks_from_the_configuration():
+    def blocks_of(**settings):
+        model = build(config.Backbone("osdn_resnet8", width=2, **settings), image_shape=(8, 8, 1), classes=CLASSES)
+        return {layer.name: type(layer) for layer in model.layers if layer.name.startswith("denoise")}
+
+    assert blocks_of() == {f"denoise_{place}": DualAttention for place in range(4)}
+    assert blocks_of(denoise="nonlocal", places="0,2") == {"denoise_0": NonLocal, "denoise_2": NonLocal}
+    assert blocks_of(denoise="none") == blocks_of(denoise="none", places="1") == {}
+
+
+@pytest.mark.parametrize("name", ["osdn_resnet8", "resnet8"])
+def test_plain_copy_has_the_trunk_and_new_weights(name):
+    model = build(config.Backbone(name, width=4), image_shape=(8, 8, 1), classes=CLASSES)
+    copied, plain = plain_copy(model, name="peer"), cifar_resnet((8, 8, 1), CLASSES, depth=8, width=4)
+    assert [each.shape for each in copied.weights] == [each.shape for each in plain.weights]
+    assert not np.array_equal(copied.get_layer("stem_conv").kernel, model.get_layer("stem_conv").kernel)
+    image = random_image((8, 8, 1))
+    plain.set_weights(copied.get_weights())
+    for key, output in plain(image).items():
+        np.testing.assert_allclose(copied(image)[key], output, atol=1e-6)
+
+
 def test_build_takes_name_width_and_depth_from_the_configuration():
     backbone = config.Backbone(name="wide_resnet", width=2, depth=10)
     model = build(backbone, image_shape=(8, 8, 1), classes=CLASSES)
@@ -211,6 +266,8 @@ def test_build_takes_name_width_and_depth_from_the_configuration():
         (config.Backbone(), 1, (8, 8, 1), "at least 2 classes, not 1"),
         (config.Backbone(), 2, (8, 8), r"image_shape must be \(height, width, channels\)"),
         (config.Backbone(), 2, (8, 0, 1), r"each at least 1, not \(8, 0, 1\)"),
+        (config.Backbone(name="osdn_resnet8", places="1,x"), 2, (8, 8, 1), "--backbone_places='1,x' must be numbers"),
+        (config.Backbone(name="osdn_resnet8", places="4"), 2, (8, 8, 1), r"from 0 \(stem\) to 3, not \(4,\)"),
         (config.Backbone(name="wide_resnet", depth=17), 2, (8, 8, 1), r"6n \+ 4 .*, not 17"),
         (config.Backbone(name="wide_resnet", depth=4), 2, (8, 8, 1), r"6n \+ 4 .*, not 4"),
     ],
