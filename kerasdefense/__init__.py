@@ -13,7 +13,7 @@ if sys.argv[:1] == [
 from kerasdefense.attacks import APGD, FAB, FGSM, FGSMRS, PGD, AttackResult, Square
 from kerasdefense.backbones import as_backbone
 from kerasdefense.config import Run
-from kerasdefense.defenses import FGSMRSAT, MART, PGDAT, TRADES, Defense, Standard
+from kerasdefense.defenses import FGSMRSAT, MART, OSDNCAML, PGDAT, TRADES, Defense, Standard
 from kerasdefense.evaluation import RobustValidation, assert_robust, evaluate
 from kerasdefense.training import train
 from kerasdefense.types import InputError, UsageError
@@ -25,6 +25,7 @@ __all__ = [
     "FGSMRS",
     "FGSMRSAT",
     "MART",
+    "OSDNCAML",
     "PGD",
     "PGDAT",
     "TRADES",

@@ -118,7 +118,11 @@ def test_modes_do_one_part_each(finished, tmp_path, capsys):
     ("arguments", "code", "message"),
     [
         (["--train_epoch=3"], 2, "did you mean --train_epochs?"),
-        (["--defense_name=magic"], 2, "unknown defense 'magic'; valid: fgsm_rs, mart, pgd_at, standard, trades"),
+        (
+            ["--defense_name=magic"],
+            2,
+            "unknown defense 'magic'; valid: fgsm_rs, mart, osdn_caml, pgd_at, standard, trades",
+        ),
         (["--backbone_name=vgg"], 2, "unknown backbone 'vgg'; valid:"),
         (["--defense_name=fgsm_rs", "--attack_steps=7"], 2, "fgsm_rs takes one step"),
         (["--defense_name=pgd_at", "--attack_name=cleverhans_pgd"], 2, "cannot craft training images"),

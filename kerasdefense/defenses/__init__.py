@@ -15,6 +15,7 @@ from kerasdefense.defenses.adversarial_training import FGSMRSAT, PGDAT
 from kerasdefense.defenses.base import ADVERSARIAL_ACCURACY, CLEAN_ACCURACY, Defense
 from kerasdefense.defenses.keeping import as_kept
 from kerasdefense.defenses.mart import MART
+from kerasdefense.defenses.osdn_caml import OSDNCAML
 from kerasdefense.defenses.stage import Stage
 from kerasdefense.defenses.standard import Standard
 from kerasdefense.defenses.trades import TRADES
@@ -23,6 +24,7 @@ from kerasdefense.types import UsageError, look_up
 DEFENSES: dict[str, type[Defense]] = {
     "fgsm_rs": FGSMRSAT,
     "mart": MART,
+    "osdn_caml": OSDNCAML,
     "pgd_at": PGDAT,
     "standard": Standard,
     "trades": TRADES,
@@ -83,7 +85,8 @@ def build(
 def _own_settings(defense: config.Defense, kind: type[Defense]) -> dict[str, Any]:
     """Return the method's own constructor arguments that are set, and refuse those of other methods."""
     every = sorted({name for each in DEFENSES.values() for name in each.settings})
-    given = {name: getattr(defense, name) for name in every if getattr(defense, name)}
+    unset = config.Defense()
+    given = {name: getattr(defense, name) for name in every if getattr(defense, name) != getattr(unset, name)}
     for name in given:
         if name not in kind.settings:
             takers = ", ".join(key for key, each in DEFENSES.items() if name in each.settings)
@@ -97,6 +100,7 @@ __all__ = [
     "DEFENSES",
     "FGSMRSAT",
     "MART",
+    "OSDNCAML",
     "PGDAT",
     "TRADES",
     "Defense",

@@ -43,13 +43,15 @@ class Defense(keras.Model):
         seed: seed of the attacks' random starts.
     """
 
-    terms: ClassVar[tuple[str, ...]] = ("cross_entropy_loss",)
+    terms: tuple[str, ...] = ("cross_entropy_loss",)
     monitor: ClassVar[str] = ADVERSARIAL_ACCURACY
     """The validation metric by which the best epoch is selected."""
     own_objective: ClassVar[str] = "cross_entropy"
     """What the method's attack maximises unless told otherwise."""
     settings: ClassVar[tuple[str, ...]] = ()
     """Fields of `config.Defense` that are this method's own constructor arguments."""
+    parts: ClassVar[tuple[str, ...]] = ("backbone",)
+    """Constructor arguments that are models, or None."""
 
     def __init__(
         self,
@@ -109,6 +111,11 @@ class Defense(keras.Model):
 
         return {"exact": exact}
 
+    def reconstructed(self, image: tf.Tensor) -> Optional[tf.Tensor]:
+        """Return the images [batch, h, w, c] in [0, 1] that the method draws anew of `image`; None if it draws none."""
+        del image
+        return None
+
     # The verbs of training.
 
     def unpack(self, data: Any) -> Batch:
@@ -136,18 +143,24 @@ class Defense(keras.Model):
         schedule = {"warmup": self.warmup_steps, "ramp": self.ramp_steps}
         return crafting.with_rising_radius(find, attack, batch.image, self.step, **schedule)
 
-    def descend(self, forward: descent.Forward) -> Any:
+    def descend(self, forward: descent.Forward, *, optimizer: int = 0, tape: Optional[tf.GradientTape] = None) -> Any:
         """Take one optimizer step on the sum of the loss terms and return what else `forward` returns.
 
-        With `awp_gamma` the gradient is that at perturbed weights, at the cost of one more gradient of them.
+        With `awp_gamma` the gradient is that at perturbed weights, at the cost of one more gradient of them. Weights
+        that other optimizers than the first update are not perturbed, nor are their steps counted.
 
         Args:
-            forward: returns `(terms, outputs)`; `terms` maps each name in `self.terms` to a loss per example [batch],
+            forward: returns `(terms, outputs)`; `terms` maps names in `self.terms` to losses per example [batch],
                 weights included. Terms are averaged over the global batch, regularisation losses added.
+            optimizer: which of `self.optimizers()`.
+            tape: has recorded what of the passes was made before, for another optimizer than the first; None = nothing.
         """
-        variables = self.trainable_variables
-        terms, outputs = descent.descend(forward, self, self.optimizer, variables, awp_gamma=self.awp_gamma)
-        self.step.assign_add(1)
+        chosen, variables = self.optimizers()[optimizer]
+        if optimizer == 0:
+            terms, outputs = descent.descend(forward, self, chosen, variables, awp_gamma=self.awp_gamma)
+            self.step.assign_add(1)
+        else:
+            terms, outputs = descent.descend(forward, self, chosen, variables, tape=tape)
         for name, term in terms.items():
             self.means[name].update_state(term)
         return outputs
@@ -188,17 +201,21 @@ class Defense(keras.Model):
 
     def compile(self, optimizer: Any = "sgd", **kwargs: Any) -> None:
         """Set the optimizer; losses and metrics are the method's own. Scales, offsets and biases are not decayed."""
+        super().compile(optimizer=self.prepare(optimizer), **kwargs)
+        for each, variables in self.optimizers():  # now, so that their slots can be restored
+            each.build(variables)
+        names = (*self.terms, CLEAN_ACCURACY, ADVERSARIAL_ACCURACY)
+        self.means = {name: keras.metrics.Mean(name=name) for name in names}
+
+    def prepare(self, optimizer: Any) -> keras.optimizers.Optimizer:
+        """Return an optimizer that decays kernels only, and scales the loss where layers compute in float16."""
         optimizer = keras.optimizers.get(optimizer)
         inner = getattr(optimizer, "inner_optimizer", optimizer)
         if inner.weight_decay:
             inner.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
         if inner is optimizer and crafting.computes_in_float16(self):
-            optimizer = keras.mixed_precision.LossScaleOptimizer(optimizer)
-        super().compile(optimizer=optimizer, **kwargs)
-        for each, variables in self.optimizers():  # now, so that their slots can be restored
-            each.build(variables)
-        names = (*self.terms, CLEAN_ACCURACY, ADVERSARIAL_ACCURACY)
-        self.means = {name: keras.metrics.Mean(name=name) for name in names}
+            return keras.mixed_precision.LossScaleOptimizer(optimizer)
+        return optimizer
 
     def get_compile_config(self) -> Optional[dict[str, Any]]:
         """Return what `compile_from_config` needs, None if it was never compiled."""
@@ -231,9 +248,9 @@ class Defense(keras.Model):
     def get_config(self) -> dict[str, Any]:
         """Return every constructor argument."""
         plain = ("objective", "label_smoothing", "awp_gamma", "warmup_steps", "ramp_steps", "seed", "name")
-        models = ("backbone", "attack", "validation_attack")
+        objects = (*self.parts, "attack", "validation_attack")
         return {
-            **{name: keras.saving.serialize_keras_object(getattr(self, name)) for name in models},
+            **{name: keras.saving.serialize_keras_object(getattr(self, name)) for name in objects},
             **{name: getattr(self, name) for name in plain},
         }
 
@@ -241,7 +258,7 @@ class Defense(keras.Model):
     def from_config(cls, config: dict[str, Any], custom_objects: Optional[dict[str, Any]] = None) -> Defense:
         """Build the defense, with fresh weights, from `get_config()`."""
         config = dict(config)
-        for key in ("backbone", "attack", "validation_attack"):
+        for key in (*cls.parts, "attack", "validation_attack"):
             config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
         return cls(**config)
 

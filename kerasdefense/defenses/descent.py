@@ -18,7 +18,13 @@ Forward = Callable[[], tuple[Terms, Any]]
 
 
 def descend(
-    forward: Forward, model: keras.Model, optimizer: Any, variables: Sequence[Any], *, awp_gamma: float = 0.0
+    forward: Forward,
+    model: keras.Model,
+    optimizer: Any,
+    variables: Sequence[Any],
+    *,
+    awp_gamma: float = 0.0,
+    tape: Optional[tf.GradientTape] = None,
 ) -> tuple[Terms, Any]:
     """Take one step of `optimizer` on `variables`, and return what `forward` returned at the weights of its gradient.
 
@@ -28,6 +34,7 @@ def descend(
         optimizer: with loss scaling or not.
         variables: what it updates.
         awp_gamma: length of the adversarial weight perturbation relative to each kernel's norm; 0 = none.
+        tape: goes on recording for `forward`, where that uses earlier passes; without `awp_gamma` only.
     """
     if awp_gamma:
         put_statistics_back = keep_statistics(model)
@@ -37,17 +44,22 @@ def descend(
         terms, outputs, gradients = _gradients(forward, model, optimizer, variables)
         put_kernels_back()
     else:
-        terms, outputs, gradients = _gradients(forward, model, optimizer, variables)
+        terms, outputs, gradients = _gradients(forward, model, optimizer, variables, tape)
     optimizer.apply_gradients(zip(gradients, variables))
     return terms, outputs
 
 
 def _gradients(
-    forward: Forward, model: keras.Model, optimizer: Any, variables: Sequence[Any]
+    forward: Forward,
+    model: keras.Model,
+    optimizer: Any,
+    variables: Sequence[Any],
+    tape: Optional[tf.GradientTape] = None,
 ) -> tuple[Terms, Any, list[Optional[tf.Tensor]]]:
     """Return what `forward` returns, and this replica's part of the gradients of the mean over the global batch."""
     scaling = isinstance(optimizer, keras.mixed_precision.LossScaleOptimizer)
-    with tf.GradientTape() as tape:
+    tape = tape or tf.GradientTape()
+    with tape:
         terms, outputs = forward()
         size = _global_size(next(iter(terms.values())))
         replicas = tf.distribute.get_replica_context().num_replicas_in_sync
