@@ -26,3 +26,20 @@ def test_pictures_are_clean_attacked_and_the_change(digits, small_run, tmp_path)
     change = shown["adversarial"] - shown["clean"]
     assert 0 < np.abs(change).max() <= 0.1 + 1 / 255
     np.testing.assert_allclose(shown["perturbation"], 0.5 + change / 0.2, atol=0.03)
+
+
+def test_what_a_method_draws_anew_is_shown_and_kept_in_the_run_directory(digits, small_run, tmp_path):
+    defense = training.build(small_run(defense="osdn_caml"), digits)
+    pictures = Pictures(tmp_path / "tensorboard", digits.validation)
+    pictures.set_model(defense)
+    pictures.on_train_begin()
+    pictures.on_epoch_end(0, {"val_clean_accuracy": 0.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard/pictures"), size_guidance={"tensors": 0}).Reload()
+    encoded = tf.make_ndarray(events.Tensors("decoded")[0].tensor_proto)[2:]  # after width and height
+    shown = np.concatenate([tf.io.decode_png(each).numpy() for each in encoded], axis=1)
+    kept = tf.io.decode_png((tmp_path / "reconstructions.png").read_bytes()).numpy()
+    assert kept.shape == (3 * 8, COUNT * 8, 1)
+    clean, attacked, decoded = np.split(kept.astype(int), 3)
+    np.testing.assert_allclose(clean, np.concatenate(list(255 * pictures.batch["image"]), axis=1), atol=1)
+    assert 0 < np.abs(clean - attacked).max() <= 255 * 0.1 + 1
+    np.testing.assert_allclose(decoded, shown.astype(int), atol=1)
