@@ -20,6 +20,8 @@ CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.cfg") if not path.
 CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "mnist": 10, "svhn_cropped": 10}
 KNOWN = 6
 """Classes that a published open-set split leaves of ten."""
+FOLDERS = 25
+"""Classes of a mocked folder of images; more than the known ones of any configuration."""
 IMAGES = 300
 """Images of a mocked split: a configured batch of known classes, and no more to validate on than need be."""
 
@@ -34,6 +36,9 @@ FEW = [
     "--evaluate_examples=4",
     "--evaluate_suite=quick",
     "--evaluate_chunk_size=4",
+    "--evaluate_score_examples=4",
+    "--evaluate_score_steps=1",
+    "--detector_fit_examples=64",
     "--noprogress",
 ]
 
@@ -51,9 +56,20 @@ def random_images(builder, **reading):
 
 @contextlib.contextmanager
 def mocked(name, folder):
-    """Have TFDS serve random images under the name of a set; digits come with scikit-learn and are real."""
+    """Have TFDS serve random images under the name of a set, or a folder hold some, and give the flags this takes.
+
+    Digits come with scikit-learn and are real.
+    """
     if name == "digits":
-        yield
+        yield []
+        return
+    if name == "folder":
+        random = np.random.default_rng(0)
+        for number in range(IMAGES):
+            path = folder / f"images/{number % FOLDERS}/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(tf.io.encode_png(random.integers(256, size=(64, 64, 3), dtype=np.uint8)).numpy())
+        yield [f"--data_dir={folder / 'images'}"]
         return
     builder = tfds.builder(name, data_dir=folder)  # of a set that is not there, the mock knows no splits
     splits = [tfds.core.SplitInfo(name=split, shard_lengths=[1], num_bytes=0) for split in ("train", "test")]
@@ -61,7 +77,7 @@ def mocked(name, folder):
     builder.data_path.mkdir(parents=True)
     builder.info.write_to_directory(builder.data_path)
     with tfds.testing.mock_data(data_dir=str(folder), as_dataset_fn=random_images):
-        yield
+        yield []
 
 
 @pytest.fixture
@@ -79,9 +95,9 @@ def configured(flagfile):
 @every_config
 def test_every_config_resolves(flagfile, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)  # nested flag files are found from any working directory
-    with mocked(configured(flagfile).data.name, tmp_path / "sets"):
+    with mocked(configured(flagfile).data.name, tmp_path / "sets") as given:
         arguments = [f"--flagfile={flagfile}", "--dry_run", "--backbone_width=2"]  # building wide ones takes seconds
-        assert run.main(arguments) == 0
+        assert run.main([*arguments, *given]) == 0
     printed = capsys.readouterr().out
     assert "trainable parameters" in printed and "--attack_epsilon=" in printed
     assert not (tmp_path / "runs").exists()
@@ -94,8 +110,10 @@ def test_config_is_alive(flagfile, run_dir, tmp_path, capsys):
     arguments = [f"--flagfile={flagfile}", *FEW, f"--run_dir={run_dir}"]
     if settings.train.precision == "mixed_float16":  # an input gradient took 100 times as long on CPUs
         arguments.append("--train_precision=float32")
-    with mocked(settings.data.name, tmp_path):
-        code = run.main(arguments)
+    if settings.detector.fit_on == "adv":  # after one step of training no attacked image may be classified rightly
+        arguments.append("--detector_fit_on=both")
+    with mocked(settings.data.name, tmp_path) as given:
+        code = run.main([*arguments, *given])
     assert code == 0, capsys.readouterr().err
     assert (run_dir / run.MODEL).is_file()
     results = json.loads((run_dir / run.RESULTS).read_text())
@@ -104,5 +122,7 @@ def test_config_is_alive(flagfile, run_dir, tmp_path, capsys):
     serve = exported.signatures["serving_default"]
     shape = serve.structured_input_signature[1]["image"].shape
     logits = serve(image=tf.random.stateless_uniform([2, *shape[1:]], [0, 0]))["logits"]
-    assert logits.shape == (2, KNOWN if settings.data.open_set_split else CLASSES[settings.data.name])
+    split = settings.data.open_set_split
+    drawn = int(split.partition(":")[0]) if ":" in split else KNOWN
+    assert logits.shape == (2, drawn if split else CLASSES[settings.data.name])
     assert np.isfinite(logits).all()
