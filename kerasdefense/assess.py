@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -18,14 +18,14 @@ import tensorflow as tf
 from kerasdefense import config, data, evaluation, export, recognition
 from kerasdefense.attacks import norms
 from kerasdefense.data import Split, Splits
-from kerasdefense.evaluation import Loaded, Options, ThreatModel
+from kerasdefense.evaluation import Loaded, Options, ThreatModel, internals
 from kerasdefense.evaluation.digests import of_file
 from kerasdefense.evaluation.html import choose_examples, write_report
 from kerasdefense.evaluation.report import note
 from kerasdefense.evaluation.robustness import SURROGATE
 from kerasdefense.evaluation.search import FRESH_DRAWS, Chunk, ExactPath, within
 from kerasdefense.export.saved_model import CARD, digests
-from kerasdefense.files import write_json
+from kerasdefense.files import replacing, write_json
 from kerasdefense.types import InputError, UsageError
 
 FOLDER = "evaluation"
@@ -74,6 +74,7 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
         "schema_version": 2,
         **results,
         "open_set": open_set,
+        "internals": _internals(run, splits, model, threat_model),
         "attack_budget": model.attack_budget,
         "suite": wanted.suite,
         "note": note(results, wanted.suite),
@@ -87,6 +88,21 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
     if results["complete"]:
         shutil.rmtree(journal, ignore_errors=True)
     return results
+
+
+def _internals(run: config.Run, splits: Splits, model: Loaded, threat_model: ThreatModel) -> Optional[dict[str, Any]]:
+    """Measure the model's inside, where the run asks so, keep the figures of each image and return those of all."""
+    path, count = Path(run.run_dir) / internals.ARRAYS, run.evaluate.internals
+    path.unlink(missing_ok=True)
+    if not count:
+        return None
+    if model.is_randomised:
+        raise UsageError("--evaluate_internals needs a model that draws nothing at random")
+    batches = splits.test.batches(run.evaluate.chunk_size)
+    found = internals.measure_internals(model, batches, threat_model, examples=count, seed=run.evaluate.seed)
+    with replacing(path) as temporary:
+        np.savez_compressed(temporary, **found.arrays)
+    return found.results
 
 
 def _config(run: config.Run) -> dict[str, Any]:

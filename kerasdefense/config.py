@@ -205,6 +205,12 @@ class Evaluate:
     joint: bool = _field(
         True, "also look for known images that are mistaken and accepted: robust accuracy with a reject option"
     )
+    internals: int = _field(
+        0,
+        "test images, from the first on, on which to measure what goes on inside the model under PGD-20: noise in its "
+        "features, how flat its loss is, what its method claims; 0 = none",
+        low=0,
+    )
     unseen: bool = _field(False, "also measure on corrupted images and after StAdv, which are outside every ball")
     card: bool = _field(False, "write the figures to the card of the published folder that --evaluate_model names")
 

@@ -21,7 +21,7 @@ from kerasdefense import assess, config, data, evaluation, export, flags, recogn
 from kerasdefense.assess import ADVERSARIAL, RESULTS
 from kerasdefense.data import Splits
 from kerasdefense.defenses import DEFENSES, Defense
-from kerasdefense.evaluation import open_set
+from kerasdefense.evaluation import internals, open_set
 from kerasdefense.evaluation.digests import of_file
 from kerasdefense.files import write_text
 from kerasdefense.training import MODEL
@@ -79,7 +79,7 @@ def evaluate(run: config.Run, splits: Splits, console: Console) -> dict[str, Any
         model = evaluation.load_model(Path(run.run_dir) / MODEL)._replace(name=run.defense.name)
     results = assess.assess(run, splits, model)
     console.print(evaluation.table(results, f"{model.name} on {splits.name}"))
-    for each in open_set.open_set_tables(results):
+    for each in filter(None, (*open_set.open_set_tables(results), internals.internals_table(results))):
         console.print(each)
     for line in (*evaluation.sanity_lines(results), *evaluation.unseen_lines(results)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -126,7 +126,9 @@ def compare(run: config.Run, console: Console) -> None:
     compared = evaluation.compare(
         [evaluation.read_outcomes(Path(each)) for each in run.runs.split(",") if each], seed=run.evaluate.seed
     )
-    console.print(evaluation.comparison_table(compared))
+    inside = internals.compare_internals([row.run.folder for row in compared.rows], seed=run.evaluate.seed)
+    for table in filter(None, (evaluation.comparison_table(compared), inside)):
+        console.print(table)
     for name, text in (("md", evaluation.to_markdown(compared)), ("csv", evaluation.to_csv(compared))):
         write_text(Path(run.run_dir) / f"comparison.{name}", text)
         console.print(Path(run.run_dir) / f"comparison.{name}", highlight=False, soft_wrap=True)

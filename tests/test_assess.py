@@ -13,6 +13,7 @@ import tensorflow as tf
 from sklearn.datasets import load_digits
 
 from kerasdefense import assess, config, data, evaluation, export, run
+from kerasdefense.evaluation import internals
 from kerasdefense.evaluation.digests import of_file
 from kerasdefense.types import InputError
 
@@ -45,7 +46,8 @@ def foreign(tmp_path_factory):
 @pytest.fixture(scope="module")
 def evaluated(foreign, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "mine"
-    assert run.main([*QUICK, f"--evaluate_model={foreign}", f"--run_dir={run_dir}"]) == 0
+    inside = "--evaluate_internals=8"
+    assert run.main([*QUICK, inside, f"--evaluate_model={foreign}", f"--run_dir={run_dir}"]) == 0
     return run_dir
 
 
@@ -55,13 +57,16 @@ def results_of(run_dir):
 
 def test_foreign_model_is_evaluated_into_its_directory(evaluated, foreign):
     names = {path.name for path in (evaluated / assess.FOLDER).iterdir()}
-    assert names == {"results.json", "adversarial.npz", "report.html", "robustbench.json"}
+    assert names == {"results.json", "adversarial.npz", "internals.npz", "report.html", "robustbench.json"}
     results = results_of(evaluated)
     assert results["attack_budget"] is None and results["model"]["name"] == "mine"
     assert results["model"]["digest"] == of_file(foreign)
     assert 0 <= results["robust_accuracy"]["value"] < results["clean_accuracy"]["value"]
     entry = json.loads((evaluated / assess.ENTRY).read_text())
     assert entry["measured"]["n"] == 24 and "autoattack_acc" not in entry
+    with np.load(evaluated / internals.ARRAYS) as inside:
+        assert len(inside["index"]) == results["internals"]["n"] == 8
+        assert results["internals"]["figures"]["loss"]["value"] == pytest.approx(inside["loss"].mean())
 
 
 def test_evaluation_is_verified_in_a_process_without_its_state(evaluated, capsys):

@@ -24,6 +24,11 @@ def length(delta: tf.Tensor, norm: str) -> tf.Tensor:
     return tf.norm(flat, axis=1)
 
 
+def relative_distance(tensor: tf.Tensor, reference: tf.Tensor) -> tf.Tensor:
+    """Return the L2 distance of each example of two tensors [batch, ...], over the length of the second, as [batch]."""
+    return tf.math.divide_no_nan(length(tensor - reference, "l2"), length(reference, "l2"))
+
+
 def column(values: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
     """Return `values` [batch] with as many axes of length 1 behind it as `like` [batch, ...] has."""
     return tf.reshape(values, [-1] + [1] * (like.shape.rank - 1))

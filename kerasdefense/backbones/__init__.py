@@ -15,7 +15,7 @@ import keras
 from kerasdefense import config
 from kerasdefense.backbones.blocks import ImageShape
 from kerasdefense.backbones.decoder import decoder
-from kerasdefense.backbones.denoising import denoising_resnet, plain_copy
+from kerasdefense.backbones.denoising import denoising_places, denoising_resnet, plain_copy
 from kerasdefense.backbones.own import as_backbone, load
 from kerasdefense.backbones.plain import small_cnn
 from kerasdefense.backbones.precision import in_precision, precision_of, with_precision
@@ -73,6 +73,7 @@ __all__ = [
     "build",
     "cifar_resnet",
     "decoder",
+    "denoising_places",
     "denoising_resnet",
     "in_precision",
     "plain_copy",

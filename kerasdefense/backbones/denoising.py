@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple, Optional
 
 import keras
@@ -62,6 +63,21 @@ def denoising_resnet(
     logits = keras.layers.Dense(classes, kernel_initializer="he_normal", dtype="float32", name="logits")(embedding)
     outputs = {"feature_map": tensor, "embedding": embedding, "logits": logits}
     return keras.Model(image, outputs, name=f"denoising_resnet{depth}")
+
+
+def denoising_places(backbone: keras.Model) -> dict[int, tuple[Tensor, Tensor]]:
+    """Return what enters and what leaves each place of a ResNet's denoising blocks; the same where there is none.
+
+    Args:
+        backbone: functional model; of others than ResNets of this package nothing is returned.
+    """
+    layers = {layer.name: layer for layer in backbone.layers}
+    matches = filter(None, (re.fullmatch(r"(stem)_relu|stage(\d+)_block\d+_relu", name) for name in layers))
+    entering = {0 if match[1] else int(match[2]): layers[match[0]].output for match in matches}  # the last of a stage
+    blocks_of = {place: layers[f"denoise_{place}"] for place in entering if f"denoise_{place}" in layers}
+    return {
+        place: (tensor, blocks_of[place].output if place in blocks_of else tensor) for place, tensor in entering.items()
+    }
 
 
 def plain_copy(backbone: keras.Model, *, name: str) -> keras.Model:

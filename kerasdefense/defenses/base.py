@@ -116,6 +116,20 @@ class Defense(keras.Model):
         del image
         return None
 
+    def internals(
+        self, image: tf.Tensor, image_adv: tf.Tensor, label: tf.Tensor, index: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """Return what the method's claims of its inside are measured by: figures per image [batch], by name.
+
+        Args:
+            image: [batch, h, w, c].
+            image_adv: what an attack on the defended path made of them.
+            label: int32 [batch].
+            index: int32 [batch], which draws are keyed by.
+        """
+        del image, image_adv, label, index
+        return {}
+
     # The verbs of training.
 
     def unpack(self, data: Any) -> Batch:

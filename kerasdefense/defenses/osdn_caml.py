@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from kerasdefense import backbones, losses
-from kerasdefense.attacks import OBJECTIVES, PGD, seeds
+from kerasdefense.attacks import OBJECTIVES, PGD, norms, seeds
 from kerasdefense.defenses.base import Defense
 from kerasdefense.defenses.batch import Batch
 from kerasdefense.layers import rotate
@@ -144,14 +144,57 @@ class OSDNCAML(Defense):
 
         self.descend(forward, optimizer=1, tape=tape)
 
-    def turned(self, batch: Batch) -> Batch:
+    def internals(
+        self, image: tf.Tensor, image_adv: tf.Tensor, label: tf.Tensor, index: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """Return the noise that an attack leaves in features, and what rotation head, decoder and peer can do.
+
+        `noise_before_block_<place>`, `noise_after_block_<place>`: the distance of attacked from clean features, over
+        the length of the clean ones. `decoded_psnr`, `adversarial_decoded_psnr`: in dB, of what the decoder draws of
+        the clean and the attacked image, against the clean one; `adversarial_psnr` of the attacked image itself, and
+        `mean_colour_psnr` of one even colour, to compare with. `rotation_accuracy`, `adversarial_rotation_accuracy`: on
+        turned images, clean and after the validation attack on the rotation head. `peer_accuracy`: on clean images.
+        """
+        batch = Batch(image, label, index)
+        mean_colour = tf.reduce_mean(image, axis=(1, 2), keepdims=True) + tf.zeros_like(image)
+        figures = {"mean_colour_psnr": _psnr(mean_colour, image)}
+        figures["adversarial_psnr"] = _psnr(image_adv, image)
+        figures["decoded_psnr"] = _psnr(self.reconstructed(image), image)
+        figures["adversarial_decoded_psnr"] = _psnr(self.reconstructed(image_adv), image)
+        turned = self.turned(batch, step=-1)
+        seed, loss_fn = (
+            seeds.per_example(self.seed, -1, turned.index),
+            OBJECTIVES["cross_entropy"](self.rotation_logits),
+        )
+        turned_adv = self._search(self.validation_attack, loss_fn, turned.image, {"label": turned.label}, seed)
+        figures["rotation_accuracy"] = _right(self.rotation_logits(turned.image), turned.label)
+        figures["adversarial_rotation_accuracy"] = _right(self.rotation_logits(turned_adv), turned.label)
+        if self.peer is not None:
+            figures["peer_accuracy"] = _right(self.peer(image, training=False)["logits"], label)
+        return {**self._noise(image, image_adv), **figures}
+
+    def _noise(self, image: tf.Tensor, image_adv: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Return the noise before and after each place of a denoising block."""
+        places = backbones.denoising_places(self.backbone)
+        tensors = {
+            f"noise_{when}_block_{place}": tensor
+            for place, around in places.items()
+            for when, tensor in zip(("before", "after"), around)
+        }
+        inside = keras.Model(self.backbone.input, tensors)
+        clean, attacked = (inside(each, training=False) for each in (image, image_adv))
+        return {name: norms.relative_distance(attacked[name], clean[name]) for name in tensors}
+
+    def turned(self, batch: Batch, *, step: Optional[int] = None) -> Batch:
         """Return the batch with each image turned by a random number of quarter turns, which is its label there.
 
-        The turns are keyed by the run's seed, the step and the example; its index is the complement, which no image
-        has that is not turned, so that its attack starts elsewhere than that of the image itself.
+        The turns are keyed by the run's seed, the step (by default that of training) and the example; its index is
+        the complement, which no image has that is not turned, so that its attack starts elsewhere than that of the
+        image itself.
         """
         index = tf.bitwise.invert(batch.index)
-        draws = seeds.uniform(seeds.per_example(self.seed, self.step, index), tf.zeros_like(index), 1)[:, 0]
+        key = seeds.per_example(self.seed, self.step if step is None else step, index)
+        draws = seeds.uniform(key, tf.zeros_like(index), 1)[:, 0]
         turns = tf.cast(ROTATIONS * draws, tf.int32)
         return Batch(rotate(batch.image, turns), turns, index)
 
@@ -192,6 +235,15 @@ class OSDNCAML(Defense):
 
     def _cross_entropy(self, logits: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
         return losses.cross_entropy(logits, label, smoothing=self.label_smoothing)
+
+
+def _psnr(image: tf.Tensor, reference: tf.Tensor) -> tf.Tensor:
+    """Return the peak signal-to-noise ratio [batch] in dB of images in [0, 1]."""
+    return tf.image.psnr(image, reference, max_val=1.0)
+
+
+def _right(logits: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
+    return tf.argmax(logits, axis=-1, output_type=tf.int32) == label
 
 
 def _check(backbone: keras.Model, weights: dict[str, float], peer: Optional[keras.Model]) -> None:

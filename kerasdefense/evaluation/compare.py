@@ -17,13 +17,11 @@ import numpy as np
 from rich import box
 from rich.table import Table
 from rich.text import Text
-from scipy import stats
 
 from kerasdefense.evaluation.recorded import Outcomes
-from kerasdefense.evaluation.report import accuracy_interval
+from kerasdefense.evaluation.report import RESAMPLES, accuracy_interval, mean_interval
 from kerasdefense.types import InputError, UsageError
 
-RESAMPLES = 9999
 _COLUMNS = {
     "clean": "clean_accuracy",
     "PGD-20": "pgd20_accuracy",
@@ -111,29 +109,16 @@ def paired_difference(right: np.ndarray, reference: np.ndarray, *, seed: int = 0
     """Return the mean of `right - reference` as `{value, n, ci95, significant}`, with the percentile bootstrap.
 
     Args:
-        right: bool [n], whether a model is right on each image.
-        reference: bool [n], the same of the model to compare with, on the same images.
+        right: bool or float [n], whether a model is right on each image, or another figure of it.
+        reference: the same of the model to compare with, on the same images.
         seed: seed of the resamples.
 
     Returns:
-        The mean in [-1, 1] and its 95 % interval, which is one point where all differences are equal.
-
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13. Deviations: none.
+        The mean and its 95 % interval, which is one point where all differences are equal.
     """
-    difference = right.astype(np.int8) - reference.astype(np.int8)
-    value = low = high = float(difference.mean())
-    if np.ptp(difference):
-        low, high = stats.bootstrap(
-            (difference,),
-            np.mean,
-            n_resamples=RESAMPLES,
-            batch=1000,
-            vectorized=True,
-            method="percentile",
-            random_state=np.random.default_rng(seed),
-        ).confidence_interval
-    significant = bool(low > 0 or high < 0)
-    return {"value": value, "n": len(difference), "ci95": [float(low), float(high)], "significant": significant}
+    found = mean_interval(np.subtract(right, reference, dtype=np.float64), seed=seed)
+    low, high = found["ci95"]
+    return {**found, "significant": bool(low > 0 or high < 0)}
 
 
 def comparison_table(comparison: Comparison) -> Table:

@@ -33,6 +33,7 @@ _OPTIONAL: Mapping[str, Any] = {
     "trusted": None,
     "randomised": None,
     "open_set": None,
+    "internals": None,
     "flags": {},
     "indices_sha256": "",
     "adversarial_sha256": "",

@@ -35,6 +35,8 @@ class Loaded(NamedTuple):
             at random; without the embedding, what enters the last layer, where it does not tell.
         has_embedding: whether it tells.
         head: kernel [d, classes] and bias [classes] or None of the last layer, where it is known.
+        kernels: trainable kernels of the defended path, where they can be moved.
+        internals: `internals(image, image_adv, label, index) -> {name: [n]}` of a defense that tells of its inside.
         threat_model: norm and radius of a defense's own attack.
         attack_budget: input gradients that a defense's training spent on an image.
     """
@@ -48,6 +50,8 @@ class Loaded(NamedTuple):
     activations: Optional[ActivationsFn] = None
     has_embedding: bool = False
     head: Optional[Head] = None
+    kernels: Sequence[tf.Variable] = ()
+    internals: Optional[Callable[..., Mapping[str, tf.Tensor]]] = None
     threat_model: Optional[ThreatModel] = None
     attack_budget: Optional[int] = None
 
@@ -138,12 +142,12 @@ def _of_object(model: Any, outputs: str) -> Loaded:
 
 def _of_defense(model: Any) -> Loaded:
     """Return an object that names its own paths; its backbone, if it has one, says what images it takes."""
-    image_shape, classes, threat_model, head = UNKNOWN, None, None, None
+    image_shape, classes, threat_model, head, kernels = UNKNOWN, None, None, None, []
     backbone, attack = getattr(model, "backbone", None), getattr(model, "attack", None)
     if isinstance(backbone, keras.Model):
         image_shape = image_shape_of(interfaces.inputs_of(backbone))
         logits = selected(interfaces.output_of(backbone), "logits")
-        classes, head = classes_of(logits), _head(logits)
+        classes, head, kernels = classes_of(logits), _head(logits), _kernels(backbone)
     if attack is not None and hasattr(attack, "norm") and hasattr(attack, "epsilon"):
         threat_model = ThreatModel(attack.norm, attack.epsilon)
     return Loaded(
@@ -154,6 +158,8 @@ def _of_defense(model: Any) -> Loaded:
         activations=getattr(model, "activations", None),
         has_embedding=hasattr(model, "activations"),
         head=head,
+        kernels=kernels,
+        internals=getattr(model, "internals", None),
         threat_model=threat_model,
         attack_budget=getattr(model, "attack_budget", None),
     )
@@ -169,6 +175,7 @@ def _of_keras(model: keras.Model, outputs: str) -> Loaded:
         image_shape=image_shape,
         classes=classes,
         is_randomised=_declared(model),
+        kernels=_kernels(model),
     )
     return _with_embedding(loaded, answer, every) if given == "logits" else _as_logits(loaded, given)
 
@@ -194,6 +201,11 @@ def _head(logits: Any) -> Optional[Head]:
         return None
     kernel, bias = found
     return kernel.numpy(), None if bias is None else bias.numpy()
+
+
+def _kernels(model: keras.Model) -> list[tf.Variable]:
+    """Return the trainable weights of a model that have an input and an output axis: no biases, no scales."""
+    return [variable for variable in model.trainable_variables if variable.shape.rank > 1]
 
 
 def _of_saved_model(folder: Path, outputs: str) -> Loaded:

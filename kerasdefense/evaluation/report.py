@@ -26,6 +26,7 @@ _PACKAGES = (
     "numpy",
 )
 AUTOATTACK_IMAGES = 1000
+RESAMPLES = 9999
 PROTOCOL = (
     "the model draws at random, so AutoAttack rand, PGD over mean losses and Square over mean scores stand in for it"
 )
@@ -40,6 +41,30 @@ def wilson(count: int, total: int) -> dict[str, Any]:
     """Return a share as `{value, n, ci95}`, the last being Wilson's 95 % interval."""
     interval = stats.binomtest(count, total).proportion_ci(0.95, method="wilson")
     return {"value": count / total, "n": total, "ci95": [float(interval.low), float(interval.high)]}
+
+
+def mean_interval(values: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
+    """Return a mean as `{value, n, ci95}`, the last being the percentile bootstrap's 95 % interval.
+
+    Args:
+        values: numbers [n].
+        seed: seed of the resamples.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13. Deviations: where all values are
+    equal, the interval is one point.
+    """
+    value = low = high = float(values.mean())
+    if np.ptp(values):
+        low, high = stats.bootstrap(
+            (values,),
+            np.mean,
+            n_resamples=RESAMPLES,
+            batch=1000,
+            vectorized=True,
+            method="percentile",
+            random_state=np.random.default_rng(seed),
+        ).confidence_interval
+    return {"value": value, "n": len(values), "ci95": [float(low), float(high)]}
 
 
 def versions() -> dict[str, str]:

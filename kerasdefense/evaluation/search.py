@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Callable, Optional
 
 import numpy as np
 import tensorflow as tf
 
-from kerasdefense.attacks import OBJECTIVES, Iterative, check_logits, norms, ranked_targets, seeds
+from kerasdefense.attacks import OBJECTIVES, PGD, Iterative, check_logits, norms, ranked_targets, seeds
 from kerasdefense.attacks.iterative import where
 from kerasdefense.attacks.wrappers import draws_of
 from kerasdefense.evaluation.suites import PlannedAttack
@@ -107,6 +108,24 @@ class ExactPath:
         logits = self._path(tf.constant(few.image), seeds.per_example(self._seed, -1, tf.constant(few.index)))
         check_logits(logits, advice="; --evaluate_outputs=probabilities (outputs= in Python) turns them into logits")
         return logits.shape[1]
+
+
+def mover(path: PathFn, attack: PGD, seed: int) -> Callable[[Chunk], np.ndarray]:
+    """Return what moves the images of a chunk to where `attack` finds the highest cross-entropy of a path.
+
+    Args:
+        path: `(image, seed) -> logits`.
+        attack: PGD.
+        seed: seed of the random starts.
+    """
+
+    @functools.partial(tf.function, reduce_retracing=True)
+    def find(image: tf.Tensor, label: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+        seed_of = seeds.per_example(seed, -2, index)
+        loss_fn = OBJECTIVES["cross_entropy"](lambda each: path(each, seed_of))
+        return attack(loss_fn, image, {"label": label}, seed_of).image
+
+    return lambda chunk: find(*map(tf.constant, (chunk.image, chunk.label, chunk.index))).numpy()
 
 
 class Search:

@@ -330,6 +330,34 @@ def test_statistics_of_the_encoder_move_in_each_pass_of_training(update, passes)
     np.testing.assert_allclose(variance, -1e6 * 0.9**passes, rtol=1e-3)
 
 
+@pytest.mark.parametrize("denoise", ["cbam", "none"])
+def test_internals_are_noise_around_each_block_and_what_heads_decoder_and_peer_do(denoise):
+    defense, batch = (
+        make(backbone=encoder(denoise=denoise)),
+        {key: tf.constant(each) for key, each in make_data().items()},
+    )
+    image, image_adv = batch["image"], tf.clip_by_value(batch["image"] + EPSILON, 0, 1)
+    found = defense.internals(image, image_adv, batch["label"], batch["index"])
+    for place, before in enumerate(("stem_relu", "stage1_block1_relu", "stage2_block1_relu", "stage3_block1_relu")):
+        after = before if denoise == "none" else f"denoise_{place}"
+        for when, name in (("before", before), ("after", after)):
+            tells = keras.Model(defense.backbone.input, defense.backbone.get_layer(name).output)
+            clean, attacked = (tells(each).numpy().reshape(BATCH, -1) for each in (image, image_adv))
+            noise = np.linalg.norm(attacked - clean, axis=1) / np.linalg.norm(clean, axis=1)
+            np.testing.assert_allclose(found[f"noise_{when}_block_{place}"], noise, rtol=1e-4)
+    error = np.mean((defense.reconstructed(image_adv) - image) ** 2, axis=(1, 2, 3))
+    np.testing.assert_allclose(found["adversarial_decoded_psnr"], -10 * np.log10(error), rtol=1e-4)
+    np.testing.assert_allclose(found["mean_colour_psnr"], -10 * np.log10(np.var(image, axis=(1, 2, 3))), rtol=1e-4)
+    np.testing.assert_array_equal(
+        found["peer_accuracy"], defense.peer(image)["logits"].numpy().argmax(1) == batch["label"]
+    )
+    turned = defense.turned(defense.unpack(make_data()), step=-1)
+    right = defense.rotation_logits(turned.image).numpy().argmax(1) == turned.label
+    np.testing.assert_array_equal(found["rotation_accuracy"], right)
+    assert np.sum(found["adversarial_rotation_accuracy"]) <= np.sum(right)
+    assert "peer_accuracy" not in make(w_kl=0).internals(image, image_adv, batch["label"], batch["index"])
+
+
 def test_attack_budget_counts_both_attacks():
     assert make().attack_budget == 4
 

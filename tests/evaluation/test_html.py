@@ -367,6 +367,21 @@ def test_accuracy_with_reject_that_was_not_sought_is_not_run(render, results, op
     assert "Such points were sought" not in unknown_images(render({**results, "open_set": open_set}))[1].text
 
 
+def test_figures_of_the_inside_are_shown_from_the_results(render, results):
+    figures_of = {"loss_rise_0.1": (0.0418, 0.0331, 0.0506), "adversarial_decoded_psnr": (17.91, 17.62, 18.2)}
+    results["internals"] = {
+        **{"n": 480, "attack": {"steps": 20}, "seed": 0, "directions": 5},
+        "figures": {name: {"value": mean, "n": 480, "ci95": ci95} for name, (mean, *ci95) in figures_of.items()},
+    }
+    check_results(results)
+    source = render(results)
+    section = Page(re.search(r'<section aria-labelledby="internals".*?</section>', source, re.DOTALL).group())
+    assert "adversarial decoded psnr 17.91 17.62 to 18.2" in section.text and "first 480 test images" in section.text
+    numbers = NUMBER.findall(section.text.replace("95 % interval", ""))
+    assert sorted({each.strip(",.") for each in numbers} - traceable(results)) == []
+    assert "Inside the model" not in render({**results, "internals": None})
+
+
 def test_chosen_examples_are_fooled_first_and_of_all_classes():
     image, image_adv, label, before, after, labels = candidates((4, 4, 1))
     chosen = choose_examples(image, image_adv, label, before, after, labels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -10,8 +9,6 @@ import numpy as np
 import tensorflow as tf
 
 from kerasdefense.attacks import PGD
-from kerasdefense.attacks.objectives import cross_entropy
-from kerasdefense.attacks.seeds import per_example
 from kerasdefense.detectors import Detector, Head
 from kerasdefense.detectors.rejection import RejectOption
 from kerasdefense.evaluation.models import Loaded
@@ -20,7 +17,7 @@ from kerasdefense.evaluation.open_set.attacked import Attacked
 from kerasdefense.evaluation.open_set.options import Images, OpenSetOptions
 from kerasdefense.evaluation.open_set.scoring import Scored, Scorer, activations_of
 from kerasdefense.evaluation.report import accuracy_interval
-from kerasdefense.evaluation.search import Chunk
+from kerasdefense.evaluation.search import Chunk, mover
 from kerasdefense.evaluation.suites import ThreatModel
 from kerasdefense.types import ActivationsFn, InputError, UsageError
 
@@ -182,22 +179,12 @@ def _agreeing(head: Optional[Head], activations: Mapping[str, np.ndarray]) -> Op
 
 def _mover(model: Loaded, attack: PGD, seed: int) -> Callable[[Chunk], np.ndarray]:
     """Return what attacks the images of a chunk, on the whole defended path."""
-    path = model.attack_paths["exact"]
-
-    @functools.partial(tf.function, reduce_retracing=True)
-    def find(image: tf.Tensor, label: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
-        seeds = per_example(seed, -2, index)
-
-        def logits_fn(each: tf.Tensor) -> tf.Tensor:
-            return path(each, seeds)
-
-        return attack(cross_entropy(logits_fn), image, {"label": label}, seeds).image
+    find = mover(model.attack_paths["exact"], attack, seed)
 
     def moved(chunk: Chunk) -> np.ndarray:
         if (chunk.label < 0).any():
             raise InputError("detectors are fitted to known classes; leave out images with label -1")
-        found: np.ndarray = find(*map(tf.constant, (chunk.image, chunk.label, chunk.index))).numpy()
-        return found
+        return find(chunk)
 
     return moved
 
