@@ -103,7 +103,7 @@ class OSDNCAML(Defense):
             return self.report(batch.label, adversarial=logits_adv)
         with tf.GradientTape() as tape:
             logits_peer = self.peer(batch.image, training=True)["logits"]  # 3
-        logits_adv = self._descend_defense(batch, image_adv, turned_adv, tf.stop_gradient(logits_peer))  # 3, 4
+        logits_adv = self._descend_defense(batch, image_adv, turned_adv, logits_peer)  # 3, 4
         self._descend_peer(batch, image_adv, logits_peer, tape)  # 5
         return self.report(batch.label, adversarial=logits_adv)
 
@@ -115,32 +115,31 @@ class OSDNCAML(Defense):
         def forward() -> tuple[dict[str, tf.Tensor], tf.Tensor]:
             outputs = self.backbone(image_adv, training=True)
             logits, embedding = outputs["logits"], outputs["embedding"]
-            logits_turns = self.rotation_head(self.backbone(turned_adv.image, training=True)["embedding"])
-            reconstruction = self.decoder(embedding, training=True)
-            terms = {
-                "cross_entropy_loss": self.w_cls * self._cross_entropy(logits, batch.label),
-                "rotation_loss": self.w_rot * losses.cross_entropy(logits_turns, turned_adv.label),
-                "reconstruction_loss": self.w_rec * losses.reconstruction_error(reconstruction, batch.image),
-            }
+            terms = losses.open_set_defense_terms(
+                logits,
+                batch.label,
+                self.rotation_head(self.backbone(turned_adv.image, training=True)["embedding"]),
+                turned_adv.label,
+                self.decoder(embedding, training=True),
+                batch.image,
+                logits_peer,
+                **{name: getattr(self, name) for name in ("w_cls", "w_rot", "w_rec", "w_kl", "label_smoothing")},
+            )
             if self.clean_weight:
-                clean = self._cross_entropy(self(batch.image, training=True), batch.label)
+                logits_clean = self(batch.image, training=True)
+                clean = losses.cross_entropy(logits_clean, batch.label, smoothing=self.label_smoothing)
                 terms["clean_cross_entropy_loss"] = self.clean_weight * clean
-            if logits_peer is not None:
-                terms["kl_divergence_loss"] = self.w_kl * losses.kl_divergence(logits_peer, logits)
             return terms, logits
 
         return self.descend(forward)
 
     def _descend_peer(self, batch: Batch, image_adv: tf.Tensor, logits_peer: tf.Tensor, tape: tf.GradientTape) -> None:
         """Take step 5; `tape` holds the pass that gave `logits_peer`."""
-        logits_adv = tf.stop_gradient(self(image_adv, training=self.bn_update_on_recompute))
+        logits_adv = self(image_adv, training=self.bn_update_on_recompute)
 
         def forward() -> tuple[dict[str, tf.Tensor], None]:
-            terms = {
-                "peer_cross_entropy_loss": self.w_cls * self._cross_entropy(logits_peer, batch.label),
-                "peer_kl_divergence_loss": self.w_kl * losses.kl_divergence(logits_adv, logits_peer),
-            }
-            return terms, None
+            weights = {name: getattr(self, name) for name in ("w_cls", "w_kl", "label_smoothing")}
+            return losses.peer_terms(logits_peer, batch.label, logits_adv, **weights), None
 
         self.descend(forward, optimizer=1, tape=tape)
 
@@ -232,9 +231,6 @@ class OSDNCAML(Defense):
     def get_config(self) -> dict[str, Any]:
         """Return every constructor argument."""
         return {**super().get_config(), **{name: getattr(self, name) for name in self.settings}}
-
-    def _cross_entropy(self, logits: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
-        return losses.cross_entropy(logits, label, smoothing=self.label_smoothing)
 
 
 def _psnr(image: tf.Tensor, reference: tf.Tensor) -> tf.Tensor:

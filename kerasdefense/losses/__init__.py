@@ -8,6 +8,7 @@ from kerasdefense.losses.classification import (
     margin,
     targeted_dlr,
 )
+from kerasdefense.losses.open_set_defense import open_set_defense_terms, peer_terms
 from kerasdefense.losses.reconstruction import reconstruction_error
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "dlr",
     "kl_divergence",
     "margin",
+    "open_set_defense_terms",
+    "peer_terms",
     "reconstruction_error",
     "targeted_dlr",
 ]

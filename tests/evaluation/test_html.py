@@ -370,7 +370,10 @@ def test_accuracy_with_reject_that_was_not_sought_is_not_run(render, results, op
 def test_figures_of_the_inside_are_shown_from_the_results(render, results):
     figures_of = {"loss_rise_0.1": (0.0418, 0.0331, 0.0506), "adversarial_decoded_psnr": (17.91, 17.62, 18.2)}
     results["internals"] = {
-        **{"n": 480, "attack": {"steps": 20}, "seed": 0, "directions": 5},
+        "n": 480,
+        "attack": {"steps": 20},
+        "seed": 0,
+        "directions": 5,
         "figures": {name: {"value": mean, "n": 480, "ci95": ci95} for name, (mean, *ci95) in figures_of.items()},
     }
     check_results(results)
