@@ -128,8 +128,22 @@ def times(library: str, at_least: float) -> tuple[Column, Column]:
     return Column(f"x {library}", key, ".2f", at_least=at_least), Column("(CPU time)", f"{key}_processor", ".2f")
 
 
+def step_columns(at_most: float) -> tuple[Column, ...]:
+    """Return the columns of a table of steps, with the limit of their times over the floor."""
+    return (
+        Column("attack steps", "steps", "d"),
+        FLOOR_MS,
+        OURS_MS,
+        Column("ours/floor", "over_floor", ".2f", at_most=at_most),
+        PROCESSOR,
+        IMAGES,
+        RETRACES,
+    )
+
+
 RESNET = Case("resnet8", width=16, image_shape=(32, 32, 3), batch_size=128)
 SMALL_CNN = Case("small_cnn", width=16, image_shape=(28, 28, 1), batch_size=32)
+OSDN = dataclasses.replace(RESNET, backbone="osdn_resnet8", defense="osdn_caml", steps=1)
 TINY_CNN = Case("small_cnn", width=4, image_shape=(8, 8, 1), batch_size=4)
 CONTROLS = (
     {"defense": "standard", "steps": 0},
@@ -168,17 +182,20 @@ GROUPS = (
     Group(
         kind="training",
         title="A step of each control ({case})",
-        columns=(
-            Column("attack steps", "steps", "d"),
-            FLOOR_MS,
-            OURS_MS,
-            Column("ours/floor", "over_floor", ".2f", at_most=1.15),
-            PROCESSOR,
-            IMAGES,
-            RETRACES,
-        ),
+        columns=step_columns(at_most=1.15),
         cases=tuple(dataclasses.replace(RESNET, **each) for each in CONTROLS),
         quick_cases=(dataclasses.replace(SMALL_CNN, width=4, defense="trades", steps=1, **AWP),),
+        measure=measure_control,
+        name=defense_name,
+        rows=rows_of_steps,
+        reference="floor",
+    ),
+    Group(
+        kind="training",
+        title="A step of OSDN-CAML ({case})",
+        columns=step_columns(at_most=1.25),
+        cases=(OSDN, dataclasses.replace(OSDN, steps=3), dataclasses.replace(OSDN, w_kl=0.0)),
+        quick_cases=(dataclasses.replace(TINY_CNN, defense="osdn_caml", steps=1),),
         measure=measure_control,
         name=defense_name,
         rows=rows_of_steps,
