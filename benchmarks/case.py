@@ -24,9 +24,9 @@ class Case:
         batch_size: images per step.
         steps: gradient steps of the training attack; 0 where the defense has none.
         defense: key of DEFENSES.
+        w_kl: weight of learning with a peer; -1 = the method's own, 0 = no peer.
         awp_gamma: adversarial weight perturbation; 0 = none.
         ema_decay: decay of an average of the weights; 0 = none.
-        w_kl: weight of osdn_caml's learning with a peer; -1 = the method's own, 0 = no peer.
     """
 
     backbone: str
@@ -35,9 +35,9 @@ class Case:
     batch_size: int
     steps: int = 10
     defense: str = "pgd_at"
+    w_kl: float = -1.0
     awp_gamma: float = 0.0
     ema_decay: float = 0.0
-    w_kl: float = -1.0
 
     @property
     def run(self) -> config.Run:
@@ -45,7 +45,7 @@ class Case:
         return config.Run(
             backbone=config.Backbone(name=self.backbone, width=self.width),
             attack=config.Attack(epsilon=EPSILON, steps=self.steps),
-            defense=config.Defense(name=self.defense, awp_gamma=self.awp_gamma, w_kl=self.w_kl),
+            defense=config.Defense(name=self.defense, w_kl=self.w_kl, awp_gamma=self.awp_gamma),
             train=config.Train(
                 batch_size=self.batch_size, learning_rate=0.01, schedule="constant", ema_decay=self.ema_decay
             ),
@@ -65,7 +65,7 @@ class Case:
     def defense_name(self) -> str:
         """By what it is trained, in words."""
         extras = (" + AWP" if self.awp_gamma else "") + (" + EMA" if self.ema_decay else "")
-        return f"{self.defense}{extras}{'' if self.w_kl else ' without peer'}"
+        return f"{self.defense}{'' if self.w_kl else ' without peer'}{extras}"
 
     def batch(self) -> dict[str, np.ndarray]:
         """Return a batch of noise with labels; what is in the images does not change the time."""

@@ -8,7 +8,6 @@ import numpy as np
 import tensorflow as tf
 
 from benchmarks.case import Case
-from benchmarks.osdn_floor import osdn_floor
 from benchmarks.timing import Step
 from kerasdefense import losses
 from kerasdefense.types import LogitsFn
@@ -58,11 +57,7 @@ def floor(case: Case) -> Step:
     1. trades: one pass of the clean images, BatchNormalization in inference mode, for the attack to start from.
     2. `steps` times the gradient of the attack's objective by the image, in inference mode.
     3. The gradient of the method's loss by the parameters, in training mode; twice with AWP.
-
-    That of osdn_caml is described in `osdn_floor`.
     """
-    if case.defense == "osdn_caml":
-        return osdn_floor(case)
     model = case.make_classifier()
     image, label = map(tf.constant, (case.batch()["image"], case.batch()["label"]))
     image_adv = 1 - image

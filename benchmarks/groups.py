@@ -9,6 +9,7 @@ from benchmarks.attack_case import AttackCase
 from benchmarks.attacks import EVALUATION, measure_attack, rows_of_attack
 from benchmarks.case import Case
 from benchmarks.checkpoint import measure_checkpoint
+from benchmarks.osdn_floor import osdn_floor
 from benchmarks.peers import peers
 from benchmarks.tables import Column, Row
 from benchmarks.training_step import Measurement, measure, mirrored, mirrored_and_none
@@ -52,6 +53,11 @@ def measure_with_peers(case: Case, rounds: int) -> Measurement:
 def measure_control(case: Case, rounds: int) -> Measurement:
     """Time the floor, and ours under the strategy that users train under."""
     return measure(case, rounds, strategies=mirrored())
+
+
+def measure_osdn(case: Case, rounds: int) -> Measurement:
+    """Time what `measure_control` does, against the floor of OSDN-CAML."""
+    return measure(case, rounds, strategies=mirrored(), make_floor=osdn_floor)
 
 
 def rows_of_steps(case: Case, measurement: Measurement) -> list[Row]:
@@ -111,6 +117,11 @@ def defense_name(case: Case) -> str:
     return case.defense_name
 
 
+def defense_and_attack_name(case: Case) -> str:
+    """Return the name of a case by its defense and the attack that this crafts with."""
+    return f"{case.defense_name}, PGD-{case.steps}"
+
+
 def attack_name(case: AttackCase) -> str:
     """Return the name of a case by its attack."""
     return case.name
@@ -122,16 +133,9 @@ IMAGES = Column("images/s", "images_per_second", ".0f")
 RETRACES = Column("retraces", "retraces", "d", at_most=0)
 
 
-def times(library: str, at_least: float) -> tuple[Column, Column]:
-    """Return the columns that say how many times as long another library takes."""
-    key = f"times_{library.lower()}"
-    return Column(f"x {library}", key, ".2f", at_least=at_least), Column("(CPU time)", f"{key}_processor", ".2f")
-
-
-def step_columns(at_most: float) -> tuple[Column, ...]:
-    """Return the columns of a table of steps, with the limit of their times over the floor."""
+def against_floor(at_most: float) -> tuple[Column, ...]:
+    """Return the columns of steps that may take so many times as long as their floor."""
     return (
-        Column("attack steps", "steps", "d"),
         FLOOR_MS,
         OURS_MS,
         Column("ours/floor", "over_floor", ".2f", at_most=at_most),
@@ -141,9 +145,14 @@ def step_columns(at_most: float) -> tuple[Column, ...]:
     )
 
 
+def times(library: str, at_least: float) -> tuple[Column, Column]:
+    """Return the columns that say how many times as long another library takes."""
+    key = f"times_{library.lower()}"
+    return Column(f"x {library}", key, ".2f", at_least=at_least), Column("(CPU time)", f"{key}_processor", ".2f")
+
+
 RESNET = Case("resnet8", width=16, image_shape=(32, 32, 3), batch_size=128)
 SMALL_CNN = Case("small_cnn", width=16, image_shape=(28, 28, 1), batch_size=32)
-OSDN = dataclasses.replace(RESNET, backbone="osdn_resnet8", defense="osdn_caml", steps=1)
 TINY_CNN = Case("small_cnn", width=4, image_shape=(8, 8, 1), batch_size=4)
 CONTROLS = (
     {"defense": "standard", "steps": 0},
@@ -154,6 +163,7 @@ CONTROLS = (
     {"defense": "pgd_at", "steps": 3, **AWP},
     {"defense": "trades", "steps": 3, **AWP},
 )
+OSDN = dataclasses.replace(RESNET, backbone="osdn_resnet8", defense="osdn_caml")
 
 GROUPS = (
     Group(
@@ -182,7 +192,7 @@ GROUPS = (
     Group(
         kind="training",
         title="A step of each control ({case})",
-        columns=step_columns(at_most=1.15),
+        columns=(Column("attack steps", "steps", "d"), *against_floor(at_most=1.15)),
         cases=tuple(dataclasses.replace(RESNET, **each) for each in CONTROLS),
         quick_cases=(dataclasses.replace(SMALL_CNN, width=4, defense="trades", steps=1, **AWP),),
         measure=measure_control,
@@ -193,11 +203,15 @@ GROUPS = (
     Group(
         kind="training",
         title="A step of OSDN-CAML ({case})",
-        columns=step_columns(at_most=1.25),
-        cases=(OSDN, dataclasses.replace(OSDN, steps=3), dataclasses.replace(OSDN, w_kl=0.0)),
-        quick_cases=(dataclasses.replace(TINY_CNN, defense="osdn_caml", steps=1),),
-        measure=measure_control,
-        name=defense_name,
+        columns=against_floor(at_most=1.25),
+        cases=(
+            dataclasses.replace(OSDN, steps=1),
+            dataclasses.replace(OSDN, steps=3),
+            dataclasses.replace(OSDN, steps=1, w_kl=0.0),
+        ),
+        quick_cases=(dataclasses.replace(OSDN, width=4, image_shape=(8, 8, 1), batch_size=32, steps=1),),
+        measure=measure_osdn,
+        name=defense_and_attack_name,
         rows=rows_of_steps,
         reference="floor",
     ),

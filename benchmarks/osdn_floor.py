@@ -1,7 +1,10 @@
-"""The work that a step of OSDN-CAML cannot do without: compiled gradients, no optimizer, no metrics, no checks."""
+"""The work that a training step of OSDN-CAML cannot do without, as `floor` has it for the other methods."""
 
 from __future__ import annotations
 
+from typing import Callable, Optional
+
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -9,78 +12,100 @@ from benchmarks.case import Case
 from benchmarks.timing import Step
 from kerasdefense import defenses, losses
 from kerasdefense.defenses import OSDNCAML
+from kerasdefense.defenses.osdn_caml import ROTATIONS
+from kerasdefense.layers import rotate
 from kerasdefense.types import LogitsFn
 
 
 def osdn_floor(case: Case) -> Step:
-    """Return the passes and gradients of a step, each one compiled function.
+    """Return the passes and gradients of a step, each one compiled function, on the models of a fresh defense.
 
-    1. `steps` times the gradient of the class head's cross-entropy by the image, and as often that of the rotation
-       head's by the turned image, in inference mode.
-    2. The gradient of the defense's loss by encoder, heads and decoder, which pass the adversarial images and the
-       turned ones in training mode.
-    3. With a peer: one pass of the adversarial images, in inference mode, and the gradient of the peer's loss by its
-       parameters, which passes the clean images in training mode.
+    1. `steps` times the gradient by the image of the cross-entropy of its class, and as often by the turned image that
+       of its turn, in inference mode.
+    2. The gradient of the loss by the parameters of encoder, rotation head and decoder, in training mode: one pass of
+       the adversarial images and one of the adversarial turned images. The peer's logits, which 4 gives, are at hand.
+    3. One pass of the adversarial images through the encoder, in inference mode.
+    4. The gradient of the peer's loss by its parameters, in training mode: one pass of the clean images.
+
+    With `w_kl=0` these are 1 and 2.
     """
-    return osdn_floor_of(case, defenses.build(case.run, case.make_backbone()))
-
-
-def osdn_floor_of(case: Case, defense: OSDNCAML) -> Step:
-    """Return the same with the models of a defense."""
-    image, label = map(tf.constant, (case.batch()["image"], case.batch()["label"]))
-    image_adv, rotation = 1 - image, label % 4
+    defense = defenses.build(case.run, case.make_backbone())
+    encoder, rotation_head, peer = defense.backbone, defense.rotation_head, defense.peer
+    batch = case.batch()
+    image, label, turns = map(tf.constant, (batch["image"], batch["label"], batch["index"] % ROTATIONS))
+    image_adv, turned_adv = 1 - image, rotate(1 - image, turns)
+    logits_peer = None if peer is None else peer(image, training=True)["logits"]
 
     def class_logits(image: tf.Tensor) -> tf.Tensor:
-        return defense.backbone(image, training=False)["logits"]
+        return encoder(image, training=False)["logits"]
 
-    class_gradient, rotation_gradient = map(_input_gradient, (class_logits, defense.rotation_logits))
-    peer_logits = None if defense.peer is None else tf.zeros_like(defense.peer(image, training=False)["logits"])
+    def turn_logits(image: tf.Tensor) -> tf.Tensor:
+        return rotation_head(encoder(image, training=False)["embedding"])
 
-    @tf.function
-    def defense_gradient(image: tf.Tensor, image_adv: tf.Tensor) -> list[tf.Tensor]:
-        with tf.GradientTape() as tape:
-            outputs = defense.backbone(image_adv, training=True)
-            terms = losses.open_set_defense_terms(
-                outputs["logits"],
-                label,
-                defense.rotation_head(defense.backbone(image_adv, training=True)["embedding"]),
-                rotation,
-                defense.decoder(outputs["embedding"], training=True),
-                image,
-                peer_logits,
-            )
-            total = tf.add_n([tf.reduce_mean(term) for term in terms.values()])
-        return tape.gradient(total, defense.trainable_variables)
-
-    recomputed = tf.function(class_logits)
-
-    @tf.function
-    def peer_gradient(image: tf.Tensor, logits: tf.Tensor) -> list[tf.Tensor]:
-        with tf.GradientTape() as tape:
-            terms = losses.peer_terms(defense.peer(image, training=True)["logits"], label, logits)
-            total = tf.add_n([tf.reduce_mean(term) for term in terms.values()])
-        return tape.gradient(total, defense.peer.trainable_variables)
+    class_gradient, turn_gradient = _input_gradient(class_logits), _input_gradient(turn_logits)
+    parameter_gradient, peer_gradient = _parameter_gradient(defense), _peer_gradient(peer, defense.w_kl)
+    target_logits = tf.function(class_logits)
 
     def step() -> list[np.ndarray]:
         for _ in range(case.steps):
             class_gradient(image_adv, label)
-            rotation_gradient(image_adv, rotation)
-        gradients = defense_gradient(image, image_adv)
-        if defense.peer is not None:
-            gradients = gradients + peer_gradient(image, recomputed(image_adv))
+            turn_gradient(turned_adv, turns)
+        gradients = parameter_gradient(image, label, image_adv, turned_adv, turns, logits_peer)
+        if peer is not None:
+            gradients += peer_gradient(image, label, target_logits(image_adv))
         return [gradient.numpy() for gradient in gradients]
 
     return step
 
 
-def _input_gradient(logits_fn: LogitsFn) -> Step:
-    """Return the compiled gradient of the cross-entropy by the image."""
+def _input_gradient(logits_fn: LogitsFn) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+    """Return the gradient by the image of the cross-entropy of its label."""
 
     @tf.function
-    def gradient(image: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
+    def input_gradient(image: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(image)
-            value = losses.cross_entropy(logits_fn(image), label)
-        return tape.gradient(value, image)
+            values = losses.cross_entropy(logits_fn(image), label)
+        return tape.gradient(values, image)
 
-    return gradient
+    return input_gradient
+
+
+def _parameter_gradient(defense: OSDNCAML) -> Callable[..., list[tf.Tensor]]:
+    """Return the gradient by the parameters of encoder, rotation head and decoder of their loss."""
+    encoder, rotation_head, decoder = defense.backbone, defense.rotation_head, defense.decoder
+
+    @tf.function
+    def parameter_gradient(
+        image: tf.Tensor,
+        label: tf.Tensor,
+        image_adv: tf.Tensor,
+        turned_adv: tf.Tensor,
+        turns: tf.Tensor,
+        target: Optional[tf.Tensor],
+    ) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            outputs = encoder(image_adv, training=True)
+            logits_turns = rotation_head(encoder(turned_adv, training=True)["embedding"])
+            reconstruction = decoder(outputs["embedding"], training=True)
+            terms = losses.open_set_defense_terms(
+                outputs["logits"], label, logits_turns, turns, reconstruction, image, target, w_kl=defense.w_kl
+            )
+            value = tf.reduce_mean(tf.add_n(list(terms.values())))
+        models = (encoder, rotation_head, decoder)
+        return tape.gradient(value, [variable for model in models for variable in model.trainable_variables])
+
+    return parameter_gradient
+
+
+def _peer_gradient(peer: keras.Model, w_kl: float) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], list[tf.Tensor]]:
+    """Return the gradient by the parameters of the peer of its loss."""
+
+    @tf.function
+    def peer_gradient(image: tf.Tensor, label: tf.Tensor, target: tf.Tensor) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            logits = peer(image, training=True)["logits"]
+            value = tf.reduce_mean(tf.add_n(list(losses.peer_terms(logits, label, target, w_kl=w_kl).values())))
+        return tape.gradient(value, peer.trainable_variables)
+
+    return peer_gradient

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -27,10 +27,11 @@ def measure(
     *,
     strategies: Mapping[str, tf.distribute.Strategy],
     others: Optional[Mapping[str, Step]] = None,
+    make_floor: Callable[[Case], Step] = floor,
 ) -> Measurement:
     """Time a step of all contenders in turns, after two to trace them and warm up."""
     ours = {name: Ours(case, strategy) for name, strategy in strategies.items()}
-    steps: dict[str, Step] = {"floor": floor(case), **ours, **(others or {})}
+    steps: dict[str, Step] = {"floor": make_floor(case), **ours, **(others or {})}
     time_in_turns(steps, rounds=1)
     traces = {name: one.traces() for name, one in ours.items()}
     time_in_turns(steps, rounds=1)
