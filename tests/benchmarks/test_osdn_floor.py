@@ -19,7 +19,7 @@ from kerasdefense.layers import rotate
 
 
 def make_case(**settings):
-    return Case("osdn_resnet8", width=2, image_shape=(8, 8, 1), batch_size=8, defense="osdn_caml", **settings)
+    return Case("small_cnn", width=2, image_shape=(8, 8, 1), batch_size=8, defense="osdn_caml", **settings)
 
 
 @pytest.fixture
@@ -51,15 +51,15 @@ def test_floor_takes_each_pass_and_gradient_of_the_method_and_no_other(passes, s
     finally:
         tf.config.run_functions_eagerly(False)
     expected = {
-        ("denoising_resnet8", False): 2 * steps,
-        ("denoising_resnet8", True): 2,
+        ("small_cnn", False): 2 * steps,
+        ("small_cnn", True): 2,
         ("rotation_head", None): steps + 1,
         ("decoder", True): 1,
         "by the image": 2 * steps,
         "by the parameters": 1,
     }
     if w_kl:
-        expected |= {("denoising_resnet8", False): 2 * steps + 1, ("peer", True): 1, "by the parameters": 2}
+        expected |= {("small_cnn", False): 2 * steps + 1, ("peer", True): 1, "by the parameters": 2}
     assert passes == expected
 
 
