@@ -41,6 +41,8 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
     own = model.threat_model or ThreatModel(run.attack.norm, run.attack.epsilon)
     if wanted.norm and wanted.norm != own.norm and not wanted.epsilon:
         raise UsageError(f"--evaluate_norm={wanted.norm} needs --evaluate_epsilon: the model was made for {own.norm}")
+    if wanted.internals and model.is_randomised:
+        raise UsageError("--evaluate_internals needs a model that draws nothing at random")
     threat_model = ThreatModel(wanted.norm or own.norm, wanted.epsilon or own.epsilon)
     journal = run_dir / STATE
     if wanted.resume == "never":
@@ -69,12 +71,13 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
         save=run_dir / ADVERSARIAL,
     )
     folder = journal / "open_set" if results["complete"] else None
+    inside = 0 if results["flags"]["randomised"] else wanted.internals
     open_set = recognition.measure(run, splits, model, threat_model, fitted, folder)
     results = {
         "schema_version": 2,
         **results,
         "open_set": open_set,
-        "internals": _internals(run, splits, model, threat_model),
+        "internals": _internals(run, splits, model, threat_model, inside),
         "attack_budget": model.attack_budget,
         "suite": wanted.suite,
         "note": note(results, wanted.suite),
@@ -90,16 +93,16 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
     return results
 
 
-def _internals(run: config.Run, splits: Splits, model: Loaded, threat_model: ThreatModel) -> Optional[dict[str, Any]]:
-    """Measure the model's inside, where the run asks so, keep the figures of each image and return those of all."""
-    path, count = Path(run.run_dir) / internals.ARRAYS, run.evaluate.internals
+def _internals(
+    run: config.Run, splits: Splits, model: Loaded, threat_model: ThreatModel, examples: int
+) -> Optional[dict[str, Any]]:
+    """Measure the model's inside on so many images, keep the figures of each and return those of all."""
+    path = Path(run.run_dir) / internals.ARRAYS
     path.unlink(missing_ok=True)
-    if not count:
+    if not examples:
         return None
-    if model.is_randomised:
-        raise UsageError("--evaluate_internals needs a model that draws nothing at random")
     batches = splits.test.batches(run.evaluate.chunk_size)
-    found = internals.measure_internals(model, batches, threat_model, examples=count, seed=run.evaluate.seed)
+    found = internals.measure_internals(model, batches, threat_model, examples=examples, seed=run.evaluate.seed)
     with replacing(path) as temporary:
         np.savez_compressed(temporary, **found.arrays)
     return found.results

@@ -88,10 +88,14 @@ class Defense:
     label_smoothing: float = _field(0.0, "label mass spread evenly over all classes, in [0, 1)", low=0, high=1)
     beta: float = _field(0.0, "weight of the divergence; 0 = the method's own (trades 6, mart 5)", low=0)
     w_cls: float = _field(-1.0, "weight of the cross-entropies of classes; -1 = the method's own (osdn_caml 1)", low=-1)
-    w_rot: float = _field(-1.0, "weight of telling rotations apart; -1 = the method's own (osdn_caml 1)", low=-1)
+    w_rot: float = _field(
+        -1.0, "weight of telling rotations apart; -1 = the method's own (osdn_caml 1), 0 = none", low=-1
+    )
     w_rec: float = _field(-1.0, "weight of the reconstruction error; -1 = the method's own (osdn_caml 1)", low=-1)
     w_kl: float = _field(
-        -1.0, "weight of learning with a peer; -1 = the method's own (osdn_caml 2), 0 = no peer (OSDN of 2020)", low=-1
+        -1.0,
+        "weight of learning with a peer; -1 = the method's own (osdn_caml 2), 0 = no peer, as OSDN of 2020",
+        low=-1,
     )
     clean_weight: float = _field(
         0.0, "weight of the cross-entropy of clean images, of which osdn_caml trains on none; 0 = none", low=0

@@ -126,12 +126,15 @@ def compare(run: config.Run, console: Console) -> None:
     compared = evaluation.compare(
         [evaluation.read_outcomes(Path(each)) for each in run.runs.split(",") if each], seed=run.evaluate.seed
     )
-    inside = internals.compare_internals([row.run.folder for row in compared.rows], seed=run.evaluate.seed)
-    for table in filter(None, (evaluation.comparison_table(compared), inside)):
-        console.print(table)
+    console.print(evaluation.comparison_table(compared))
     for name, text in (("md", evaluation.to_markdown(compared)), ("csv", evaluation.to_csv(compared))):
         write_text(Path(run.run_dir) / f"comparison.{name}", text)
         console.print(Path(run.run_dir) / f"comparison.{name}", highlight=False, soft_wrap=True)
+    inside = internals.compare_internals(
+        {row.run.name: row.run.folder for row in compared.rows}, seed=run.evaluate.seed
+    )
+    if inside is not None:
+        console.print(inside)
 
 
 def sum_up(run: config.Run, console: Console) -> None:

@@ -44,6 +44,9 @@ def build(backbone: config.Backbone, *, image_shape: ImageShape, classes: int) -
         image_shape: height, width and channels of the data.
         classes: number of classes of the data, at least 2.
     """
+    given = [name for name in ("denoise", "places") if getattr(backbone, name) != getattr(config.Backbone(), name)]
+    if given and (backbone.path or not backbone.name.startswith("osdn_")):
+        raise UsageError(f"--backbone_{given[0]} needs --backbone_name=osdn_resnet18 or another with denoising blocks")
     if backbone.path:
         return load(backbone, image_shape=image_shape, classes=classes)
     if backbone.pooling_layer or backbone.logits_layer:
@@ -59,6 +62,8 @@ def build(backbone: config.Backbone, *, image_shape: ImageShape, classes: int) -
 def _denoising(backbone: config.Backbone) -> dict[str, Any]:
     """Return the kind and the places of a configuration's denoising blocks."""
     if backbone.denoise == "none":
+        if backbone.places:
+            raise UsageError(f"--backbone_denoise=none leaves nothing to place at --backbone_places={backbone.places}")
         return {"places": ()}
     try:
         places = tuple(int(each) for each in backbone.places.split(",")) if backbone.places else None

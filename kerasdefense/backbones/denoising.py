@@ -74,6 +74,9 @@ def denoising_places(backbone: keras.Model) -> dict[int, tuple[Tensor, Tensor]]:
     layers = {layer.name: layer for layer in backbone.layers}
     matches = filter(None, (re.fullmatch(r"(stem)_relu|stage(\d+)_block\d+_relu", name) for name in layers))
     entering = {0 if match[1] else int(match[2]): layers[match[0]].output for match in matches}  # the last of a stage
+    if entering and "feature_map" in layers:  # so ResNets that never have blocks call their last ReLU
+        last = max(int(match[1]) for match in filter(None, (re.match(r"stage(\d+)_", name) for name in layers)))
+        entering[last] = layers["feature_map"].output
     blocks_of = {place: layers[f"denoise_{place}"] for place in entering if f"denoise_{place}" in layers}
     return {
         place: (tensor, blocks_of[place].output if place in blocks_of else tensor) for place, tensor in entering.items()
@@ -83,7 +86,8 @@ def denoising_places(backbone: keras.Model) -> dict[int, tuple[Tensor, Tensor]]:
 def plain_copy(backbone: keras.Model, *, name: str) -> keras.Model:
     """Return a backbone with new weights and the trunk of another, but no denoising blocks.
 
-    Its `embedding` is the mean of its feature map, whatever that of the other is.
+    Its `embedding` is the mean of its feature map, whatever that of the other is. All its layers are trained, also
+    those that are frozen in the other; what the other's normalisation has learnt of the data is copied.
 
     Args:
         backbone: functional model with the outputs of a backbone; blocks in models nested in it stay.
@@ -97,6 +101,10 @@ def plain_copy(backbone: keras.Model, *, name: str) -> keras.Model:
         return type(layer).from_config(layer.get_config())
 
     trunk = keras.models.clone_model(backbone, clone_function=copy)
+    trunk.trainable = True
+    for layer in backbone.layers:
+        if isinstance(layer, keras.layers.Normalization):
+            trunk.get_layer(layer.name).set_weights(layer.get_weights())
     blocks.synchronize_alike(trunk, backbone)
     classes = backbone.output_shape["logits"][-1]
     return blocks.finish(trunk.input, trunk.output["feature_map"], classes, name=name)

@@ -49,7 +49,7 @@ def build(
     """
     name = run.defense.name
     kind = look_up(DEFENSES, name, "defense")
-    if run.defense.preset == "released":
+    if run.defense.preset == "released" and kind.released is None:
         raise UsageError(f"--defense_preset=released: {name} has no release to follow; use recommended")
     training_attack = run.attack
     if name == "fgsm_rs":
@@ -83,7 +83,7 @@ def build(
 
 
 def _own_settings(defense: config.Defense, kind: type[Defense]) -> dict[str, Any]:
-    """Return the method's own constructor arguments that are set, and refuse those of other methods."""
+    """Return the method's own constructor arguments that flags or preset set, and refuse those of other methods."""
     every = sorted({name for each in DEFENSES.values() for name in each.settings})
     unset = config.Defense()
     given = {name: getattr(defense, name) for name in every if getattr(defense, name) != getattr(unset, name)}
@@ -91,7 +91,8 @@ def _own_settings(defense: config.Defense, kind: type[Defense]) -> dict[str, Any
         if name not in kind.settings:
             takers = ", ".join(key for key, each in DEFENSES.items() if name in each.settings)
             raise UsageError(f"--defense_{name} is no setting of {defense.name}; it is one of: {takers}")
-    return given
+    released = kind.released if defense.preset == "released" else None
+    return {**(released or {}), **given}
 
 
 __all__ = [

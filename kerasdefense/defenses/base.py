@@ -5,7 +5,7 @@ You can do without it: attacks and evaluation take functions, not defenses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Optional
 
@@ -13,7 +13,8 @@ import keras
 import tensorflow as tf
 
 from kerasdefense import config
-from kerasdefense.attacks import OBJECTIVES, PGD, seeds
+from kerasdefense.attacks import OBJECTIVES, PGD, norms, seeds
+from kerasdefense.backbones import denoising_places
 from kerasdefense.defenses import batch as batches
 from kerasdefense.defenses import crafting, descent
 from kerasdefense.defenses.averages import averages_in_place
@@ -50,6 +51,8 @@ class Defense(keras.Model):
     """What the method's attack maximises unless told otherwise."""
     settings: ClassVar[tuple[str, ...]] = ()
     """Fields of `config.Defense` that are this method's own constructor arguments."""
+    released: ClassVar[Optional[Mapping[str, Any]]] = None
+    """What the authors' release sets otherwise than the recommended settings; None = there is no release to follow."""
     parts: ClassVar[tuple[str, ...]] = ("backbone",)
     """Constructor arguments that are models, or None."""
 
@@ -116,19 +119,29 @@ class Defense(keras.Model):
         del image
         return None
 
-    def internals(
-        self, image: tf.Tensor, image_adv: tf.Tensor, label: tf.Tensor, index: tf.Tensor
-    ) -> dict[str, tf.Tensor]:
+    def internals(self, batch: Batch, image_adv: tf.Tensor, attack: PGD, seed: int) -> dict[str, tf.Tensor]:
         """Return what the method's claims of its inside are measured by: figures per image [batch], by name.
 
+        `noise_before_block_<place>`, `noise_after_block_<place>` in ResNets: the distance of attacked from clean
+        features over the length of the clean ones, around the places of denoising blocks; the same where there is none.
+
         Args:
-            image: [batch, h, w, c].
-            image_adv: what an attack on the defended path made of them.
-            label: int32 [batch].
-            index: int32 [batch], which draws are keyed by.
+            batch: the images.
+            image_adv: what `attack` made of them on the defended path.
+            attack: for attacks on other parts.
+            seed: seed of these, and of whatever else is drawn.
         """
-        del image, image_adv, label, index
-        return {}
+        del attack, seed
+        tensors = {
+            f"noise_{when}_block_{place}": tensor
+            for place, around in denoising_places(self.backbone).items()
+            for when, tensor in zip(("before", "after"), around)
+        }
+        if not tensors:
+            return {}
+        inside = keras.Model(self.backbone.input, tensors)
+        clean, attacked = (inside(each, training=False) for each in (batch.image, image_adv))
+        return {name: norms.relative_distance(attacked[name], clean[name]) for name in tensors}
 
     # The verbs of training.
 
@@ -167,14 +180,13 @@ class Defense(keras.Model):
             forward: returns `(terms, outputs)`; `terms` maps names in `self.terms` to losses per example [batch],
                 weights included. Terms are averaged over the global batch, regularisation losses added.
             optimizer: which of `self.optimizers()`.
-            tape: has recorded what of the passes was made before, for another optimizer than the first; None = nothing.
+            tape: has recorded what of the passes was made before; None = nothing. Not with weight perturbation.
         """
         chosen, variables = self.optimizers()[optimizer]
-        if optimizer == 0:
-            terms, outputs = descent.descend(forward, self, chosen, variables, awp_gamma=self.awp_gamma)
+        awp_gamma = 0.0 if optimizer else self.awp_gamma
+        terms, outputs = descent.descend(forward, self, chosen, variables, awp_gamma=awp_gamma, tape=tape)
+        if not optimizer:
             self.step.assign_add(1)
-        else:
-            terms, outputs = descent.descend(forward, self, chosen, variables, tape=tape)
         for name, term in terms.items():
             self.means[name].update_state(term)
         return outputs

@@ -36,6 +36,8 @@ def descend(
         awp_gamma: length of the adversarial weight perturbation relative to each kernel's norm; 0 = none.
         tape: goes on recording for `forward`, where that uses earlier passes; without `awp_gamma` only.
     """
+    if awp_gamma and tape is not None:
+        raise ValueError("a tape holds passes at the weights as they are, not at perturbed ones")
     if awp_gamma:
         put_statistics_back = keep_statistics(model)
         _, _, ascent = _gradients(forward, model, optimizer, variables)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Optional
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Optional, Union
 
 import keras
 import tensorflow as tf
 
 from kerasdefense import backbones, losses
-from kerasdefense.attacks import OBJECTIVES, PGD, norms, seeds
+from kerasdefense.attacks import OBJECTIVES, PGD, seeds
 from kerasdefense.defenses.base import Defense
 from kerasdefense.defenses.batch import Batch
 from kerasdefense.layers import rotate
@@ -36,14 +36,15 @@ class OSDNCAML(Defense):
     5. Pass the same adversarial images through the updated H(F), and descend with P, by an optimizer of its own, on
        `w_cls * CE(clean) + w_kl * KL(H || P)`; no gradient flows into H(F). P's pass is that of step 3.
 
-    With `w_kl=0` this is the network of 2020: there is no P, and no step 5.
+    With `w_kl=0` there is no P and no step 5: this is the training of 2020, and with non-local denoising blocks in the
+    backbone its network.
 
     Args:
         backbone: functional Keras model from image to `feature_map`, `embedding` and `logits`; square images, of a size
             that the decoder draws, and at least three classes. Those named osdn_* have denoising blocks.
         attack: the attack of step 2, on images and on turned ones; `objective` is of the first alone.
         w_cls: weight of the cross-entropies of the classes, at least 0, as the others.
-        w_rot: weight of the cross-entropy of the turns.
+        w_rot: weight of the cross-entropy of the turns; 0 = no image is turned.
         w_rec: weight of the reconstruction error.
         w_kl: weight of both divergences; 0 = no peer.
         clean_weight: weight of the cross-entropy of H(F) on clean images, which it sees at no other time; 0 = none.
@@ -56,11 +57,13 @@ class OSDNCAML(Defense):
     Deviations: the ball is one of images in [0, 1], where the authors attack normalised images and clip these to
     [0, 1], which destroys most of them; the pass of step 5 is in inference mode, by the moving statistics, unless
     `bn_update_on_recompute`; the decoder's target is the image mapped to the range of its tanh, theirs the normalised
-    image; convolutions start he_normal; `awp_gamma` perturbs F, H, T and G only.
+    image; convolutions start he_normal; `awp_gamma` perturbs F, H, T and G only. `--defense_preset=released` sets
+    `bn_update_on_recompute`, not that attack.
     """
 
     terms: tuple[str, ...] = ("cross_entropy_loss", "rotation_loss", "reconstruction_loss")
     parts = ("backbone", "rotation_head", "decoder", "peer")
+    released: ClassVar[Mapping[str, Any]] = {"bn_update_on_recompute": True}
     settings = ("w_cls", "w_rot", "w_rec", "w_kl", "clean_weight", "bn_update_on_recompute")
 
     def __init__(
@@ -80,8 +83,9 @@ class OSDNCAML(Defense):
         **kwargs: Any,
     ) -> None:
         weights = {"w_cls": w_cls, "w_rot": w_rot, "w_rec": w_rec, "w_kl": w_kl, "clean_weight": clean_weight}
-        _check(backbone, weights, peer)
+        _check(backbone, weights, rotation_head=rotation_head, decoder=decoder, peer=peer)
         super().__init__(backbone, attack=attack, **kwargs)
+        self.terms = tuple(term for term in self.terms if w_rot or term != "rotation_loss")
         self.terms += ("clean_cross_entropy_loss",) if clean_weight else ()
         self.terms += ("kl_divergence_loss", "peer_cross_entropy_loss", "peer_kl_divergence_loss") if w_kl else ()
         self.w_cls, self.w_rot, self.w_rec, self.w_kl = w_cls, w_rot, w_rec, w_kl
@@ -94,10 +98,10 @@ class OSDNCAML(Defense):
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Take one step of the algorithm in the class docstring."""
         batch = self.unpack(data)
-        turned = self.turned(batch)  # 1
-        image_adv = self.craft(batch, self.attack)  # 2
-        loss_fn, context = OBJECTIVES["cross_entropy"](self.rotation_logits), {"label": turned.label}
-        turned_adv = turned._replace(image=self.craft(turned, self.attack, loss_fn=loss_fn, context=context))
+        image_adv, turned_adv = self.craft(batch, self.attack), None  # 2
+        if self.w_rot:
+            turned = self.turned(batch, self.seed, self.step)  # 1
+            turned_adv = turned._replace(image=self.craft(turned, self.attack, **self._of_rotation(turned)))  # 2
         if self.peer is None:
             logits_adv = self._descend_defense(batch, image_adv, turned_adv, None)  # 3, 4
             return self.report(batch.label, adversarial=logits_adv)
@@ -107,19 +111,31 @@ class OSDNCAML(Defense):
         self._descend_peer(batch, image_adv, logits_peer, tape)  # 5
         return self.report(batch.label, adversarial=logits_adv)
 
+    def _of_rotation(self, turned: Batch) -> dict[str, Any]:
+        """Return what an attack on the rotation head maximises."""
+        return {"loss_fn": OBJECTIVES["cross_entropy"](self.rotation_logits), "context": {"label": turned.label}}
+
     def _descend_defense(
-        self, batch: Batch, image_adv: tf.Tensor, turned_adv: Batch, logits_peer: Optional[tf.Tensor]
+        self,
+        batch: Batch,
+        image_adv: tf.Tensor,
+        turned_adv: Optional[Batch],
+        logits_peer: Optional[tf.Tensor],
     ) -> tf.Tensor:
         """Take step 4 with the passes of F in step 3, and return the logits of the adversarial images."""
 
         def forward() -> tuple[dict[str, tf.Tensor], tf.Tensor]:
             outputs = self.backbone(image_adv, training=True)
             logits, embedding = outputs["logits"], outputs["embedding"]
+            logits_turns, turns = None, None
+            if turned_adv is not None:
+                logits_turns = self.rotation_head(self.backbone(turned_adv.image, training=True)["embedding"])
+                turns = turned_adv.label
             terms = losses.open_set_defense_terms(
                 logits,
                 batch.label,
-                self.rotation_head(self.backbone(turned_adv.image, training=True)["embedding"]),
-                turned_adv.label,
+                logits_turns,
+                turns,
                 self.decoder(embedding, training=True),
                 batch.image,
                 logits_peer,
@@ -143,57 +159,38 @@ class OSDNCAML(Defense):
 
         self.descend(forward, optimizer=1, tape=tape)
 
-    def internals(
-        self, image: tf.Tensor, image_adv: tf.Tensor, label: tf.Tensor, index: tf.Tensor
-    ) -> dict[str, tf.Tensor]:
-        """Return the noise that an attack leaves in features, and what rotation head, decoder and peer can do.
+    def internals(self, batch: Batch, image_adv: tf.Tensor, attack: PGD, seed: int) -> dict[str, tf.Tensor]:
+        """Return, besides the noise in features, what rotation head, decoder and peer can do.
 
-        `noise_before_block_<place>`, `noise_after_block_<place>`: the distance of attacked from clean features, over
-        the length of the clean ones. `decoded_psnr`, `adversarial_decoded_psnr`: in dB, of what the decoder draws of
-        the clean and the attacked image, against the clean one; `adversarial_psnr` of the attacked image itself, and
-        `mean_colour_psnr` of one even colour, to compare with. `rotation_accuracy`, `adversarial_rotation_accuracy`: on
-        turned images, clean and after the validation attack on the rotation head. `peer_accuracy`: on clean images.
+        `decoded_psnr`, `adversarial_decoded_psnr`: in dB, at most 100, of what the decoder draws of the clean and the
+        attacked image, against the clean one; `adversarial_psnr` of the attacked image itself, and `mean_colour_psnr`
+        of one even colour, to compare with. `rotation_accuracy`, `adversarial_rotation_accuracy`: on turned images,
+        clean and after `attack` on the rotation head. `peer_accuracy`: on clean images.
         """
-        batch = Batch(image, label, index)
+        image, figures = batch.image, super().internals(batch, image_adv, attack, seed)
         mean_colour = tf.reduce_mean(image, axis=(1, 2), keepdims=True) + tf.zeros_like(image)
-        figures = {"mean_colour_psnr": _psnr(mean_colour, image)}
+        figures["mean_colour_psnr"] = _psnr(mean_colour, image)
         figures["adversarial_psnr"] = _psnr(image_adv, image)
         figures["decoded_psnr"] = _psnr(self.reconstructed(image), image)
         figures["adversarial_decoded_psnr"] = _psnr(self.reconstructed(image_adv), image)
-        turned = self.turned(batch, step=-1)
-        seed, loss_fn = (
-            seeds.per_example(self.seed, -1, turned.index),
-            OBJECTIVES["cross_entropy"](self.rotation_logits),
-        )
-        turned_adv = self._search(self.validation_attack, loss_fn, turned.image, {"label": turned.label}, seed)
-        figures["rotation_accuracy"] = _right(self.rotation_logits(turned.image), turned.label)
-        figures["adversarial_rotation_accuracy"] = _right(self.rotation_logits(turned_adv), turned.label)
+        if self.w_rot:
+            turned = self.turned(batch, seed, -1)
+            start = seeds.per_example(seed, -1, turned.index)
+            turned_adv = self._search(attack, image=turned.image, seed=start, **self._of_rotation(turned))
+            figures["rotation_accuracy"] = _right(self.rotation_logits(turned.image), turned.label)
+            figures["adversarial_rotation_accuracy"] = _right(self.rotation_logits(turned_adv), turned.label)
         if self.peer is not None:
-            figures["peer_accuracy"] = _right(self.peer(image, training=False)["logits"], label)
-        return {**self._noise(image, image_adv), **figures}
+            figures["peer_accuracy"] = _right(self.peer(image, training=False)["logits"], batch.label)
+        return figures
 
-    def _noise(self, image: tf.Tensor, image_adv: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Return the noise before and after each place of a denoising block."""
-        places = backbones.denoising_places(self.backbone)
-        tensors = {
-            f"noise_{when}_block_{place}": tensor
-            for place, around in places.items()
-            for when, tensor in zip(("before", "after"), around)
-        }
-        inside = keras.Model(self.backbone.input, tensors)
-        clean, attacked = (inside(each, training=False) for each in (image, image_adv))
-        return {name: norms.relative_distance(attacked[name], clean[name]) for name in tensors}
-
-    def turned(self, batch: Batch, *, step: Optional[int] = None) -> Batch:
+    def turned(self, batch: Batch, seed: int, step: Union[int, tf.Tensor]) -> Batch:
         """Return the batch with each image turned by a random number of quarter turns, which is its label there.
 
-        The turns are keyed by the run's seed, the step (by default that of training) and the example; its index is
-        the complement, which no image has that is not turned, so that its attack starts elsewhere than that of the
-        image itself.
+        The turns are keyed by seed, step and example; its index is the complement, which no image has that is not
+        turned, so that its attack starts elsewhere than that of the image itself.
         """
         index = tf.bitwise.invert(batch.index)
-        key = seeds.per_example(self.seed, self.step if step is None else step, index)
-        draws = seeds.uniform(key, tf.zeros_like(index), 1)[:, 0]
+        draws = seeds.uniform(seeds.per_example(seed, step, index), tf.zeros_like(index), 1)[:, 0]
         turns = tf.cast(ROTATIONS * draws, tf.int32)
         return Batch(rotate(batch.image, turns), turns, index)
 
@@ -207,8 +204,8 @@ class OSDNCAML(Defense):
 
     @property
     def attack_budget(self) -> int:
-        """Input gradients that training spends on an image: those of two attacks."""
-        return 2 * super().attack_budget
+        """Input gradients that training spends on an image: those of two attacks, of one where nothing is turned."""
+        return (2 if self.w_rot else 1) * super().attack_budget
 
     @property
     def trainable_variables(self) -> list[Any]:
@@ -234,15 +231,22 @@ class OSDNCAML(Defense):
 
 
 def _psnr(image: tf.Tensor, reference: tf.Tensor) -> tf.Tensor:
-    """Return the peak signal-to-noise ratio [batch] in dB of images in [0, 1]."""
-    return tf.image.psnr(image, reference, max_val=1.0)
+    """Return the peak signal-to-noise ratio [batch] in dB of images in [0, 1]; at most 100, which says equal."""
+    return tf.minimum(tf.image.psnr(image, reference, max_val=1.0), 100.0)
 
 
 def _right(logits: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
     return tf.argmax(logits, axis=-1, output_type=tf.int32) == label
 
 
-def _check(backbone: keras.Model, weights: dict[str, float], peer: Optional[keras.Model]) -> None:
+def _check(
+    backbone: keras.Model,
+    weights: Mapping[str, float],
+    *,
+    rotation_head: Optional[keras.Model],
+    decoder: Optional[keras.Model],
+    peer: Optional[keras.Model],
+) -> None:
     for name, weight in weights.items():
         if not weight >= 0:
             raise UsageError(f"{name} must be at least 0, not {weight}")
@@ -253,6 +257,12 @@ def _check(backbone: keras.Model, weights: dict[str, float], peer: Optional[kera
         raise UsageError(f"osdn_caml turns images by quarters, and so takes square ones of a fixed size, not {shape}")
     if classes < 3:
         raise UsageError(f"osdn_caml needs at least 3 known classes, not {classes}")
+    if rotation_head is not None and rotation_head.output_shape[-1] != ROTATIONS:
+        raise UsageError(f"rotation_head must have {ROTATIONS} outputs, not {rotation_head.output_shape[-1]}")
+    if decoder is not None and decoder.output_shape[1:] != shape:
+        raise UsageError(f"decoder must draw images {shape}, not {decoder.output_shape[1:]}")
+    if peer is not None and peer.output_shape["logits"][-1] != classes:
+        raise UsageError(f"peer must have {classes} classes, not {peer.output_shape['logits'][-1]}")
 
 
 def _rotation_head(backbone: keras.Model) -> keras.Model:

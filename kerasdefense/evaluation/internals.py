@@ -16,6 +16,7 @@ from rich.table import Table
 
 from kerasdefense import losses
 from kerasdefense.attacks import PGD, norms
+from kerasdefense.defenses.batch import Batch
 from kerasdefense.evaluation.batches import first_images
 from kerasdefense.evaluation.compare import paired_difference
 from kerasdefense.evaluation.models import Loaded
@@ -73,7 +74,7 @@ def measure_internals(
     count = len(chunk.label)
     parts = [chunk.rows(np.arange(first, min(first + _BATCH, count))) for first in range(0, count, _BATCH)]
     image_adv = np.concatenate([move(part) for part in parts])
-    figures = {**_told(model, chunk, image_adv), **_loss_rises(model, chunk, image_adv, seed)}
+    figures = {**_told(model, chunk, image_adv, attack, seed), **_loss_rises(model, chunk, image_adv, seed)}
     results = {
         "n": count,
         "attack": attack.get_config(),
@@ -88,14 +89,15 @@ def _interval(values: np.ndarray, seed: int) -> dict[str, Any]:
     return accuracy_interval(values) if values.dtype == bool else mean_interval(values, seed=seed)
 
 
-def _told(model: Loaded, chunk: Chunk, image_adv: np.ndarray) -> dict[str, np.ndarray]:
+def _told(model: Loaded, chunk: Chunk, image_adv: np.ndarray, attack: PGD, seed: int) -> dict[str, np.ndarray]:
     """Return the figures of steps 2 and 3."""
 
     def figures(image: tf.Tensor, image_adv: tf.Tensor, label: tf.Tensor, index: tf.Tensor) -> dict[str, tf.Tensor]:
         found = {}
         if model.features is not None:
             found["embedding_noise"] = norms.relative_distance(model.features(image_adv), model.features(image))
-        return {**found, **(model.internals(image, image_adv, label, index) if model.internals else {})}
+        told = model.internals(Batch(image, label, index), image_adv, attack, seed) if model.internals else {}
+        return {**found, **told}
 
     inputs = [tf.constant(each) for each in (chunk.image, image_adv, chunk.label, chunk.index)]
     function, parts = compiled(figures, *inputs), []
@@ -160,45 +162,44 @@ def internals_table(results: Mapping[str, Any]) -> Optional[Table]:
     return table
 
 
-def compare_internals(folders: Sequence[Path], *, seed: int = 0) -> Optional[Table]:
+def compare_internals(folders: Mapping[str, Path], *, seed: int = 0) -> Optional[Table]:
     """Return a table of what runs measured alike of their inside, with paired differences from the first run.
 
     Args:
-        folders: run directories; None is returned unless all of them hold such figures.
+        folders: run directories by what they are called; None is returned unless all of them hold such figures.
         seed: seed of the bootstrap.
 
     Raises:
         InputError: runs that were not attacked alike, or not on the same images.
     """
-    if not all((folder / ARRAYS).is_file() for folder in folders):
+    if not all((folder / ARRAYS).is_file() for folder in folders.values()):
         return None
-    first, *others = [_read(folder) for folder in folders]
+    (name_of_first, first), *others = [(name, _read(folder)) for name, folder in folders.items()]
     table = Table(title="inside the models", title_justify="left", caption_justify="left")
     table.caption = (
         f"n = {first.results['n']}. Means; below them the difference from the first run, paired on the same images, "
         "with the percentile bootstrap's 95 % interval; *: it excludes 0."
     )
-    for heading in ("figure", *(folder.name for folder in folders)):
+    for heading in ("figure", *folders):
         table.add_column(heading, justify="left" if heading == "figure" else "right")
-    for folder, each in zip(folders[1:], others):
+    for name, each in others:
         alike = each.results["attack"] == first.results["attack"] and each.results["seed"] == first.results["seed"]
         if not alike or not np.array_equal(each.arrays["index"], first.arrays["index"]):
-            raise InputError(f"{folders[0]} and {folder} do not compare inside: other images or another attack")
-    for name in (key for key in first.arrays if key != "index" and any(key in each.arrays for each in others)):
-        values = first.arrays[name]
-        cells = [f"{values.mean():.4g}"]
-        for each in others:
-            if name not in each.arrays:
-                cells.append("-")
-                continue
-            difference = paired_difference(each.arrays[name], values, seed=seed)
-            low, high = difference["ci95"]
-            star = "*" if difference["significant"] else ""
-            cells.append(
-                f"{each.arrays[name].mean():.4g}\n{difference['value']:+.3g} ({low:+.3g} to {high:+.3g}){star}"
-            )
-        table.add_row(name.replace("_", " "), *cells)
+            raise InputError(f"{name_of_first} and {name} do not compare inside: other images or another attack")
+    for figure in (key for key in first.arrays if key != "index" and any(key in each.arrays for _, each in others)):
+        reference = first.arrays[figure]
+        cells = [_beside(each.arrays.get(figure), reference, seed) for _, each in others]
+        table.add_row(figure.replace("_", " "), f"{reference.mean():.4g}", *cells)
     return table
+
+
+def _beside(values: Optional[np.ndarray], reference: np.ndarray, seed: int) -> str:
+    """Return a mean and, below it, its difference from that of the reference."""
+    if values is None:
+        return "-"
+    difference = paired_difference(values, reference, seed=seed)
+    value, (low, high) = difference["value"], difference["ci95"]
+    return f"{values.mean():.4g}\n{value:+.3g} ({low:+.3g} to {high:+.3g}){'*' if difference['significant'] else ''}"
 
 
 def _read(folder: Path) -> Internals:

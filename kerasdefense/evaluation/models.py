@@ -36,7 +36,7 @@ class Loaded(NamedTuple):
         has_embedding: whether it tells.
         head: kernel [d, classes] and bias [classes] or None of the last layer, where it is known.
         kernels: trainable kernels of the defended path, where they can be moved.
-        internals: `internals(image, image_adv, label, index) -> {name: [n]}` of a defense that tells of its inside.
+        internals: `internals(batch, image_adv, attack, seed) -> {name: [n]}` of a defense that tells of its inside.
         threat_model: norm and radius of a defense's own attack.
         attack_budget: input gradients that a defense's training spent on an image.
     """

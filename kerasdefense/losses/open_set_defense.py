@@ -13,8 +13,8 @@ from kerasdefense.losses.reconstruction import reconstruction_error
 def open_set_defense_terms(
     logits: tf.Tensor,
     label: tf.Tensor,
-    rotation_logits: tf.Tensor,
-    rotation: tf.Tensor,
+    rotation_logits: Optional[tf.Tensor],
+    rotation: Optional[tf.Tensor],
     reconstruction: tf.Tensor,
     image: tf.Tensor,
     peer_logits: Optional[tf.Tensor] = None,
@@ -30,7 +30,7 @@ def open_set_defense_terms(
     Args:
         logits: [batch, classes], of adversarial images.
         label: int32 [batch].
-        rotation_logits: [batch, 4], of adversarial turned images.
+        rotation_logits: [batch, 4], of adversarial turned images; None = none were turned, and there is no such term.
         rotation: int32 [batch], the quarter turns.
         reconstruction: [batch, h, w, c] in [-1, 1], decoded from the adversarial images.
         image: [batch, h, w, c] in [0, 1], the clean images.
@@ -44,11 +44,10 @@ def open_set_defense_terms(
     Source: the code released with OSDN-CAML (Shao, Perera, Yuen & Patel 2022), and without a peer with OSDN (2020).
         Deviations: see `reconstruction_error`.
     """
-    terms = {
-        "cross_entropy_loss": w_cls * cross_entropy(logits, label, smoothing=label_smoothing),
-        "rotation_loss": w_rot * cross_entropy(rotation_logits, rotation),
-        "reconstruction_loss": w_rec * reconstruction_error(reconstruction, image),
-    }
+    terms = {"cross_entropy_loss": w_cls * cross_entropy(logits, label, smoothing=label_smoothing)}
+    if rotation_logits is not None:
+        terms["rotation_loss"] = w_rot * cross_entropy(rotation_logits, rotation)
+    terms["reconstruction_loss"] = w_rec * reconstruction_error(reconstruction, image)
     if peer_logits is not None:
         terms["kl_divergence_loss"] = w_kl * kl_divergence(tf.stop_gradient(peer_logits), logits)
     return terms

@@ -15,6 +15,7 @@ from kerasdefense.backbones import (
     blocks,
     build,
     cifar_resnet,
+    denoising_places,
     plain_copy,
     resnet18,
     small_cnn,
@@ -228,7 +229,7 @@ def test_build_takes_kind_and_places_of_denoising_blocks_from_the_configuration(
 
     assert blocks_of() == {f"denoise_{place}": DualAttention for place in range(4)}
     assert blocks_of(denoise="nonlocal", places="0,2") == {"denoise_0": NonLocal, "denoise_2": NonLocal}
-    assert blocks_of(denoise="none") == blocks_of(denoise="none", places="1") == {}
+    assert blocks_of(denoise="none") == {}
 
 
 @pytest.mark.parametrize("name", ["osdn_resnet8", "resnet8"])
@@ -241,6 +242,34 @@ def test_plain_copy_has_the_trunk_and_new_weights(name):
     plain.set_weights(copied.get_weights())
     for key, output in plain(image).items():
         np.testing.assert_allclose(copied(image)[key], output, atol=1e-6)
+
+
+def test_plain_copy_trains_every_layer_and_keeps_the_normalisation_of_the_data():
+    image = keras.Input((8, 8, 1))
+    normalisation = keras.layers.Normalization(axis=-1)
+    normalisation.adapt(np.linspace(0, 1, 64, dtype=np.float32).reshape(1, 8, 8, 1))
+    feature_map = keras.layers.Conv2D(4, 3, trainable=False, name="frozen")(normalisation(image))
+    copied = plain_copy(blocks.finish(image, feature_map, CLASSES, name="own"), name="peer")
+    assert len(copied.trainable_variables) == 4
+    copy_of = next(layer for layer in copied.layers if isinstance(layer, keras.layers.Normalization))
+    np.testing.assert_allclose(copy_of(random_image((8, 8, 1))), normalisation(random_image((8, 8, 1))), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet14", "resnet18"])
+def test_places_of_denoising_blocks_are_where_their_encoder_has_them(name):
+    def shapes(model):
+        return {
+            place: tuple(map(tuple, (before.shape, after.shape)))
+            for place, (before, after) in denoising_places(model).items()
+        }
+
+    plain, encoder = narrow(name, (16, 16, 1)), narrow(f"osdn_{name}", (16, 16, 1))
+    assert shapes(plain) == shapes(encoder) and list(shapes(plain)) == list(range(5 if name == "resnet18" else 4))
+    last, after = denoising_places(plain)[max(denoising_places(plain))]
+    assert last is after and last is plain.output["feature_map"]
+    before, after = denoising_places(encoder)[1]
+    assert before is not after and after is encoder.get_layer("denoise_1").output
+    assert denoising_places(narrow("small_cnn", (16, 16, 1))) == {}
 
 
 def test_build_takes_name_width_and_depth_from_the_configuration():
@@ -267,6 +296,14 @@ def test_build_takes_name_width_and_depth_from_the_configuration():
         (config.Backbone(), 2, (8, 8), r"image_shape must be \(height, width, channels\)"),
         (config.Backbone(), 2, (8, 0, 1), r"each at least 1, not \(8, 0, 1\)"),
         (config.Backbone(name="osdn_resnet8", places="1,x"), 2, (8, 8, 1), "--backbone_places='1,x' must be numbers"),
+        (
+            config.Backbone(name="osdn_resnet8", denoise="none", places="1"),
+            2,
+            (8, 8, 1),
+            "none leaves nothing to place",
+        ),
+        (config.Backbone(denoise="nonlocal"), 2, (8, 8, 1), "--backbone_denoise needs --backbone_name=osdn_resnet18"),
+        (config.Backbone(places="1"), 2, (8, 8, 1), "--backbone_places needs --backbone_name=osdn_resnet18"),
         (config.Backbone(name="osdn_resnet8", places="4"), 2, (8, 8, 1), r"from 0 \(stem\) to 3, not \(4,\)"),
         (config.Backbone(name="wide_resnet", depth=17), 2, (8, 8, 1), r"6n \+ 4 .*, not 17"),
         (config.Backbone(name="wide_resnet", depth=4), 2, (8, 8, 1), r"6n \+ 4 .*, not 4"),

@@ -77,7 +77,9 @@ def test_gradients_of_the_floor_are_those_that_the_method_descends_on(monkeypatc
     case = make_case(steps=1, w_kl=w_kl)
     monkeypatch.setattr(Still, "given", [])
     monkeypatch.setattr(
-        OSDNCAML, "turned", lambda self, batch: Batch(rotate(batch.image, batch.index), batch.index % 4, batch.index)
+        OSDNCAML,
+        "turned",
+        lambda self, batch, seed, step: Batch(rotate(batch.image, batch.index), batch.index % 4, batch.index),
     )
     monkeypatch.setattr(OSDNCAML, "craft", lambda self, batch, attack, **kwargs: 1 - batch.image)
     keras.utils.set_random_seed(3)

@@ -23,9 +23,12 @@ CASES = {
 }
 
 
-def make(name, optimizer=None, precision="float32", **kwargs):
+SMALL = config.Backbone(name="small_cnn", width=4)
+
+
+def make(name, optimizer=None, precision="float32", architecture=SMALL, **kwargs):
     keras.utils.set_random_seed(3)
-    backbone = backbones.build(config.Backbone(name="small_cnn", width=4), image_shape=SHAPE, classes=CLASSES)
+    backbone = backbones.build(architecture, image_shape=SHAPE, classes=CLASSES)
     if precision != "float32":
         backbone = backbones.with_precision(backbone, precision)
     validation = PGD(epsilon=0.1, steps=2, keep="last")
@@ -52,6 +55,26 @@ def without_bessels_correction(defense):
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.fused = False
     return defense
+
+
+def check_replicas(name, architecture=SMALL):
+    """Assert that two replicas train and report as one does."""
+    data = make_data(1)
+    defenses, histories = [], []
+    for devices in (1, 2):
+        with mirrored(("/device:CPU:0", "/device:CPU:1")[:devices]).scope():
+            made = make(name, keras.optimizers.SGD(0.1), architecture=architecture)
+            defenses.append(without_bessels_correction(made))
+        histories.append(defenses[-1].fit(dataset(data), verbose=0).history)
+    for one, two in zip(*(defense.get_weights() for defense in defenses)):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+    for key, (mean,) in histories[0].items():  # what fit reports is the mean over both replicas
+        np.testing.assert_allclose(histories[1][key], mean, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_replicas_equal_one_through_denoising_blocks():
+    check_replicas("osdn_caml", config.Backbone(name="osdn_resnet8", width=2))
 
 
 def test_cases_cover_registry():
@@ -139,16 +162,7 @@ class TestDefense:
             np.testing.assert_array_equal(variable, value)
 
     def test_two_replicas_equal_one(self, name):
-        data = make_data(1)
-        defenses, histories = [], []
-        for devices in (1, 2):
-            with mirrored(("/device:CPU:0", "/device:CPU:1")[:devices]).scope():
-                defenses.append(without_bessels_correction(make(name, keras.optimizers.SGD(0.1))))
-            histories.append(defenses[-1].fit(dataset(data), verbose=0).history)
-        for one, two in zip(*(defense.get_weights() for defense in defenses)):
-            np.testing.assert_allclose(one, two, atol=1e-5)
-        for key, (mean,) in histories[0].items():  # what fit reports is the mean over both replicas
-            np.testing.assert_allclose(histories[1][key], mean, atol=1e-5)
+        check_replicas(name)
 
     def test_perturbed_weights_are_put_back_exactly(self, name):
         """With a learning rate of 0 nothing moves but the statistics of the one pass at the perturbed weights."""

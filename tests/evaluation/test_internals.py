@@ -126,20 +126,20 @@ def printed(table):
 def test_comparison_has_paired_differences_of_what_both_measured(measured, tmp_path, unchecked):
     one = write(tmp_path / "one", measured)
     two = write(tmp_path / "two", measured, loss=measured.arrays["loss"] + 0.25)
-    text = printed(internals.compare_internals([one, two]))
+    text = printed(internals.compare_internals({"first": one, "second": two}))
     assert "+0.25 (+0.25 to +0.25)*" in text and "+0 (+0 to +0)" in text
-    assert internals.compare_internals([one, tmp_path / "none"]) is None
+    assert internals.compare_internals({"one": one, "none": tmp_path / "none"}) is None
 
 
 @pytest.mark.parametrize("change", [{"seed": 9}, {"attack": {"steps": 1}}])
 def test_comparison_refuses_other_attacks_and_images(measured, tmp_path, unchecked, change):
     one = write(tmp_path / "one", measured)
     two = write(tmp_path / "two", measured, change)
-    with pytest.raises(InputError, match="do not compare inside: other images or another attack"):
-        internals.compare_internals([one, two])
+    with pytest.raises(InputError, match="one and two do not compare inside: other images or another attack"):
+        internals.compare_internals({"one": one, "two": two})
     three = write(tmp_path / "three", measured, index=measured.arrays["index"] + 1)
-    with pytest.raises(InputError, match="do not compare inside"):
-        internals.compare_internals([one, three])
+    with pytest.raises(InputError, match="one and three do not compare inside"):
+        internals.compare_internals({"one": one, "three": three})
 
 
 def test_table_has_a_row_per_figure(measured):

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-from kerasdefense import InputError, Standard, UsageError, export
+from kerasdefense import OSDNCAML, InputError, Standard, UsageError, export
 from kerasdefense.training import mirrored
 
 PYTHON_OPS = {"PyFunc", "PyFuncStateless", "EagerPyFunc", "NumpyFunction"}
@@ -60,6 +60,14 @@ def test_only_what_inference_needs_is_saved(version, defense):
     loaded = tf.saved_model.load(str(version))
     assert len(loaded.weights) == len(defense.backbone.variables)
     assert not [name for name, _ in tf.train.list_variables(str(version / "variables/variables")) if "optim" in name]
+
+
+def test_decoder_rotation_head_and_peer_stay_at_home(make, labels, card, tmp_path):
+    defense = make(OSDNCAML)
+    version = export.save(defense, tmp_path, labels=labels, version=0, card=card)
+    stored = sorted(shape for name, shape in tf.train.list_variables(str(version / "variables/variables")) if shape)
+    assert stored == sorted(variable.shape.as_list() for variable in defense.backbone.variables)
+    assert len(defense.variables) > 2 * len(defense.backbone.variables)
 
 
 def test_graph_has_core_ops_only(version):
