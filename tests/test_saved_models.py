@@ -14,17 +14,20 @@ from kerasdefense.export.saved_model import digests
 ROOT = Path(__file__).parents[1]
 MODELS = sorted(path.name for path in (ROOT / "saved_models").iterdir() if path.is_dir())
 CONTROLS = ("standard", "pgd_at", "trades", "mart", "trades_awp")
+MEGABYTES = {"osdn_caml_cifar10_mini": 5}
+"""Sizes where they are not 2: with model.keras come the decoder and the peer."""
 
 
-def test_every_control_is_published():
-    names = {f"{name}_cifar10_mini" for name in CONTROLS}
+def test_every_control_and_method_is_published():
+    names = {f"{name}_cifar10_mini" for name in (*CONTROLS, "osdn_caml")}
     assert names | {"standard_cifar10_split0_mini", "pgd_at_cifar10_split0_mini"} <= set(MODELS)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_published_model_is_whole_small_and_of_its_configuration(name):
     folder = ROOT / "saved_models" / name
-    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 2_000_000
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert size < 1_000_000 * MEGABYTES.get(name, 2)
     card = json.loads((folder / "card.json").read_text())
     export.check_card(card)
     assert digests(folder / "1") == card["files"] and json.loads((folder / "1/card.json").read_text()) == card
