@@ -240,6 +240,7 @@ def test_published_model_is_complete_and_compared(finished, tmp_path, capsys):
     assert {path.name for path in published.iterdir()} == {"1", "card.json", "model.keras", "outcomes.npz"}
     assert keras.models.load_model(published / "model.keras").optimizer is None
     assert "image_adv" not in np.load(published / "outcomes.npz").files
+    assert run.main(["--mode=verify", str(published)]) == 0
     folder = tmp_path / "comparison"
     assert run.main(["--mode=compare", str(finished), str(published), f"--run_dir={folder}"]) == 0
     assert "Δ worst" in capsys.readouterr().out

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,22 @@ def publish(defense: Defense, version: Path, adversarial: Path) -> None:
     folder = version.parent
     with replacing(folder / MODEL) as temporary:
         as_kept(defense, optimizer=False).save(temporary)
+        _compress(temporary)
     _write_outcomes(folder, adversarial)
-    with replacing(folder / CARD) as temporary:
-        shutil.copyfile(version / CARD, temporary)
+    card = json.loads((version / CARD).read_text(encoding="utf-8"))
+    if card["figures"]:  # of the run's file, which has the same weights and the optimizer's besides
+        card["figures"]["model_digest"] = hashlib.sha256((folder / MODEL).read_bytes()).hexdigest()
+    for path in (version / CARD, folder / CARD):
+        write_json(path, card)
+
+
+def _compress(path: Path) -> None:
+    """Rewrite an archive that Keras stored as it is, compressed; Keras reads it alike."""
+    with zipfile.ZipFile(path) as stored:
+        contents = {info: stored.read(info) for info in stored.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as compressed:
+        for info, content in contents.items():
+            compressed.writestr(info.filename, content)
 
 
 def publish_figures(folder: Path, results: Mapping[str, Any], adversarial: Path) -> None:
