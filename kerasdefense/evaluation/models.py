@@ -204,8 +204,8 @@ def _head(logits: Any) -> Optional[Head]:
 
 
 def _kernels(model: keras.Model) -> list[tf.Variable]:
-    """Return the trainable weights of a model that have an input and an output axis: no biases, no scales."""
-    return [variable for variable in model.trainable_variables if variable.shape.rank > 1]
+    """Return the trainable weights of a model that have an input and an output axis, none before it has weights."""
+    return [variable for variable in model.trainable_variables if variable.shape.rank > 1] if model.built else []
 
 
 def _of_saved_model(folder: Path, outputs: str) -> Loaded:
