@@ -47,11 +47,20 @@ class Backbone:
     """The classifier that a defense trains."""
 
     name: str = _field("resnet8", "architecture, a key of BACKBONES; ignored with --backbone_path")
-    width: int = _field(16, "channels of the first stage (wide_resnet: the widening factor)", low=1)
-    depth: int = _field(16, "layers of wide_resnet (6n + 4); other architectures carry their depth in the name", low=1)
+    width: int = _field(16, "channels of the first stage (wide_resnet, dfa_wide_resnet: the widening factor)", low=1)
+    depth: int = _field(
+        16,
+        "layers of wide_resnet and dfa_wide_resnet (6n + 4); other architectures carry their depth in the name",
+        low=1,
+    )
     denoise: str = _field("cbam", "denoising blocks of the osdn_ architectures", ("cbam", "nonlocal", "none"))
     places: str = _field(
         "", "where they are, comma-separated: 0 = after the stem, 1, 2, ... = after that stage; empty = everywhere"
+    )
+    head: str = _field(
+        "dense",
+        "last layer: dense and trained, or frozen orthonormal axes whose absolute cosines are the logits (dfa)",
+        ("dense", "orthogonal"),
     )
     path: str = _field("", "your own Keras classifier (.keras, .h5 or SavedModel folder) to fine-tune instead")
     pooling_layer: str = _field("", "name of its global pooling layer, where it cannot be found")
@@ -102,6 +111,26 @@ class Defense:
     )
     bn_update_on_recompute: bool = _field(
         False, "the peer's targets (osdn_caml) come of a pass in training mode, as the authors' do"
+    )
+    mix_alpha: float = _field(
+        -1.0, "alpha of the Beta distribution that mixes two images; -1 = the method's own (mixup and dfa 1)", low=-1
+    )
+    mix_per: str = _field("batch", "one mixing weight for each batch, or for each sample of it", ("batch", "sample"))
+    noise_std: float = _field(
+        -1.0, "noise on what embeddings of mixed images are drawn to; -1 = the method's own (dfa 0.05)", low=-1
+    )
+    agg_weight: float = _field(-1.0, "weight of the aggregation term; -1 = the method's own (dfa 1)", low=-1)
+    agg_reduction: str = _field(
+        "mean", "squared distance of embeddings: mean over their dimensions, or sum", ("mean", "sum")
+    )
+    agg_distance: str = _field("mse", "squared distance of embeddings, or one minus their cosine", ("mse", "cosine"))
+    agg_stop: str = _field(
+        "target",
+        "what aggregation does not move: the mixture of embeddings (target), the mixed image's embedding, or none",
+        ("target", "mixed", "none"),
+    )
+    share_forward: bool = _field(
+        True, "embed every image once and look partners up (dfa), instead of passing each pair's images separately"
     )
     awp_gamma: float = _field(
         0.0, "adversarial weight perturbation relative to each kernel's norm, 0.005 for instance; 0 = none", low=0

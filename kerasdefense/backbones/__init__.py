@@ -16,6 +16,7 @@ from kerasdefense import config
 from kerasdefense.backbones.blocks import ImageShape
 from kerasdefense.backbones.decoder import decoder
 from kerasdefense.backbones.denoising import denoising_places, denoising_resnet, plain_copy
+from kerasdefense.backbones.orthogonal import orthogonal_head, with_orthogonal_head
 from kerasdefense.backbones.own import as_backbone, load
 from kerasdefense.backbones.plain import small_cnn
 from kerasdefense.backbones.precision import in_precision, precision_of, with_precision
@@ -24,6 +25,7 @@ from kerasdefense.backbones.wide import wide_resnet
 from kerasdefense.types import UsageError, look_up
 
 BACKBONES: dict[str, Callable[..., keras.Model]] = {
+    "dfa_wide_resnet": functools.partial(wide_resnet, late_stride=True),
     "osdn_resnet14": functools.partial(denoising_resnet, depth=14),
     "osdn_resnet18": denoising_resnet,
     "osdn_resnet8": functools.partial(denoising_resnet, depth=8),
@@ -37,13 +39,18 @@ BACKBONES: dict[str, Callable[..., keras.Model]] = {
 
 
 def build(backbone: config.Backbone, *, image_shape: ImageShape, classes: int) -> keras.Model:
-    """Return the backbone that a configuration describes, or the user's own model in its file.
+    """Return the backbone that a configuration describes, or the user's own model in its file, with the head it asks for.
 
     Args:
         backbone: the configuration; with `path` set, name, width and depth are ignored.
         image_shape: height, width and channels of the data.
         classes: number of classes of the data, at least 2.
     """
+    model = _with_dense_head(backbone, image_shape, classes)
+    return with_orthogonal_head(model) if backbone.head == "orthogonal" else model
+
+
+def _with_dense_head(backbone: config.Backbone, image_shape: ImageShape, classes: int) -> keras.Model:
     given = [name for name in ("denoise", "places") if getattr(backbone, name) != getattr(config.Backbone(), name)]
     if given and (backbone.path or not backbone.name.startswith("osdn_")):
         raise UsageError(f"--backbone_{given[0]} needs --backbone_name=osdn_resnet18 or another with denoising blocks")
@@ -52,7 +59,7 @@ def build(backbone: config.Backbone, *, image_shape: ImageShape, classes: int) -
     if backbone.pooling_layer or backbone.logits_layer:
         raise UsageError("--backbone_pooling_layer and --backbone_logits_layer need --backbone_path, your own model")
     make = look_up(BACKBONES, backbone.name, "backbone")
-    if backbone.name == "wide_resnet":
+    if backbone.name in ("wide_resnet", "dfa_wide_resnet"):
         return make(image_shape, classes, depth=backbone.depth, width=backbone.width)
     if backbone.name.startswith("osdn_"):
         return make(image_shape, classes, width=backbone.width, **_denoising(backbone))
@@ -81,10 +88,12 @@ __all__ = [
     "denoising_places",
     "denoising_resnet",
     "in_precision",
+    "orthogonal_head",
     "plain_copy",
     "precision_of",
     "resnet18",
     "small_cnn",
     "wide_resnet",
+    "with_orthogonal_head",
     "with_precision",
 ]

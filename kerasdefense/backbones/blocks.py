@@ -48,8 +48,10 @@ def finish(image: Tensor, feature_map: Tensor, classes: int, *, name: str) -> ke
     return keras.Model(image, outputs, name=name)
 
 
-def convolution(tensor: Tensor, filters: int, kernel_size: int, *, stride: int = 1, name: str) -> Tensor:
-    """Convolve without bias; output pixel i is centred on input pixel `stride * i`.
+def convolution(
+    tensor: Tensor, filters: int, kernel_size: int, *, stride: int = 1, name: str, **settings: Any
+) -> Tensor:
+    """Convolve, without bias unless `settings` of the layer say otherwise; output pixel i is centred on input pixel `stride * i`.
 
     With a stride, "same" padding would centre a kernel of 3 on the odd pixels of an even side, and so off the
     pixels that a 1x1 shortcut of the same stride takes; the published networks pad every side, as here.
@@ -63,11 +65,16 @@ def convolution(tensor: Tensor, filters: int, kernel_size: int, *, stride: int =
         kernel_size,
         strides=stride,
         padding=padding,
-        use_bias=False,
-        kernel_initializer="he_normal",
         name=name,
+        **{"use_bias": False, "kernel_initializer": "he_normal", **settings},
     )
     return layer(tensor)
+
+
+def biased_convolution(tensor: Tensor, filters: int, kernel_size: int, *, stride: int = 1, name: str) -> Tensor:
+    """Convolve with bias, from kernels drawn by the number of outputs, N(0, sqrt(2 / (kernel_size^2 filters)))."""
+    normal = keras.initializers.VarianceScaling(2.0, mode="fan_out", distribution="untruncated_normal")
+    return convolution(tensor, filters, kernel_size, stride=stride, name=name, use_bias=True, kernel_initializer=normal)
 
 
 def batch_normalisation(tensor: Tensor, *, name: str) -> Tensor:

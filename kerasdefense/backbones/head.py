@@ -41,7 +41,7 @@ def split(model: keras.Model, names: Names) -> tuple[keras.Model, keras.layers.D
         raise InputError(f"model {model.name!r} has {len(model.outputs)} outputs; {NEEDED}")
     tensor = model.outputs[0]
     while True:
-        node, layer, source = _step_back(tensor)
+        node, layer, source = step_back(tensor)
         if source is not None and isinstance(layer, keras.Model):
             trunk, dense = split(layer, names)
             return keras.Model(model.inputs, _call(node, trunk, source), name=model.name), dense
@@ -80,18 +80,24 @@ def weights(logits: Tensor) -> Optional[tuple[tf.Variable, Optional[tf.Variable]
     Returns:
         None for a bias that is not there, and for both where the logits come of another layer.
     """
-    node, layer, source = _step_back(logits)
-    if isinstance(layer, keras.Model):
-        position = [each is logits for each in tf.nest.flatten(node.outputs)].index(True)
-        return weights(tf.nest.flatten(layer.outputs)[position])
+    layer = layer_of(logits)
     if isinstance(layer, Logits) or (type(layer) is keras.layers.Dense and layer.activation in _SOFTMAX):
         return layer.kernel, layer.bias
+    return None
+
+
+def layer_of(logits: Tensor) -> keras.layers.Layer:
+    """Return the layer that gives symbolic logits, in whatever model it is nested; casts of its result are passed."""
+    node, layer, source = step_back(logits)
+    if isinstance(layer, keras.Model):
+        position = [each is logits for each in tf.nest.flatten(node.outputs)].index(True)
+        return layer_of(tf.nest.flatten(layer.outputs)[position])
     is_cast = isinstance(layer, keras.layers.Activation) and layer.activation is keras.activations.linear
-    return weights(source) if is_cast and source is not None else None
+    return layer_of(source) if is_cast and source is not None else layer
 
 
 def _before_softmax(tensor: Tensor) -> Optional[Tensor]:
-    node, layer, source = _step_back(tensor)
+    node, layer, source = step_back(tensor)
     if source is None:
         return None
     if isinstance(layer, keras.Model):
@@ -124,7 +130,7 @@ def _features(embedding: Tensor, names: Names, passed: list[Node]) -> tuple[Tens
     between: list[Node] = []
     tensor = embedding
     while True:
-        node, layer, source = _step_back(tensor)
+        node, layer, source = step_back(tensor)
         if source is None:
             raise InputError(_no_pooling(passed + between, names))
         if _is_pooling(layer, names):
@@ -141,7 +147,7 @@ def _features(embedding: Tensor, names: Names, passed: list[Node]) -> tuple[Tens
         tensor = source
 
 
-def _step_back(tensor: Tensor) -> tuple[Node, keras.layers.Layer, Tensor]:
+def step_back(tensor: Tensor) -> tuple[Node, keras.layers.Layer, Tensor]:
     """Return the call that made `tensor`, its layer and its input; no input where it has none, or several."""
     node = tensor.node
     sources = node.keras_inputs

@@ -13,8 +13,10 @@ from kerasdefense import attacks, config
 from kerasdefense.attacks import PGD
 from kerasdefense.defenses.adversarial_training import FGSMRSAT, PGDAT
 from kerasdefense.defenses.base import ADVERSARIAL_ACCURACY, CLEAN_ACCURACY, Defense
+from kerasdefense.defenses.dfa import DFA, DFAAT
 from kerasdefense.defenses.keeping import as_kept
 from kerasdefense.defenses.mart import MART
+from kerasdefense.defenses.mixup import Mixup
 from kerasdefense.defenses.osdn_caml import OSDNCAML
 from kerasdefense.defenses.stage import Stage
 from kerasdefense.defenses.standard import Standard
@@ -22,8 +24,11 @@ from kerasdefense.defenses.trades import TRADES
 from kerasdefense.types import UsageError, look_up
 
 DEFENSES: dict[str, type[Defense]] = {
+    "dfa": DFA,
+    "dfa_at": DFAAT,
     "fgsm_rs": FGSMRSAT,
     "mart": MART,
+    "mixup": Mixup,
     "osdn_caml": OSDNCAML,
     "pgd_at": PGDAT,
     "standard": Standard,
@@ -99,12 +104,15 @@ __all__ = [
     "ADVERSARIAL_ACCURACY",
     "CLEAN_ACCURACY",
     "DEFENSES",
+    "DFA",
+    "DFAAT",
     "FGSMRSAT",
     "MART",
     "OSDNCAML",
     "PGDAT",
     "TRADES",
     "Defense",
+    "Mixup",
     "Stage",
     "Standard",
     "as_kept",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kerasdefense.layers.denoising import DENOISERS, DualAttention, NonLocal
 from kerasdefense.layers.logits import Logits
+from kerasdefense.layers.orthogonal import OrthogonalHead
 from kerasdefense.layers.rotation import rotate
 
-__all__ = ["DENOISERS", "DualAttention", "Logits", "NonLocal", "rotate"]
+__all__ = ["DENOISERS", "DualAttention", "Logits", "NonLocal", "OrthogonalHead", "rotate"]
