@@ -22,8 +22,8 @@ from kerasdefense.evaluation import Loaded, Options, ThreatModel, internals
 from kerasdefense.evaluation.digests import of_file
 from kerasdefense.evaluation.html import choose_examples, write_report
 from kerasdefense.evaluation.report import note
-from kerasdefense.evaluation.robustness import SURROGATE
 from kerasdefense.evaluation.search import FRESH_DRAWS, Chunk, ExactPath, within
+from kerasdefense.evaluation.suites import SURROGATE
 from kerasdefense.export.saved_model import CARD, digests
 from kerasdefense.files import replacing, write_json
 from kerasdefense.types import InputError, UsageError

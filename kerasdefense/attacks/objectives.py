@@ -24,6 +24,19 @@ def cross_entropy(logits_fn: LogitsFn) -> LossFn:
     return loss_fn
 
 
+def scaled_cross_entropy(scale: float) -> Callable[[LogitsFn], LossFn]:
+    """Return the cross-entropy of `context["label"]` on logits times `scale`, an untargeted objective.
+
+    Where logits are bounded, as cosines are, the cross-entropy of the logits themselves pushes all other classes up
+    alike, and not the one that is nearest.
+    """
+
+    def objective(logits_fn: LogitsFn) -> LossFn:
+        return cross_entropy(lambda image: scale * logits_fn(image))
+
+    return objective
+
+
 def targeted_cross_entropy(logits_fn: LogitsFn) -> LossFn:
     """Return `log softmax` at `context["target"]`, an objective that pulls towards the target."""
 
@@ -84,19 +97,53 @@ def matching(feature_fn: Callable[[tf.Tensor], tf.Tensor]) -> LossFn:
     return loss_fn
 
 
+def feature_matching(feature_fn: Callable[[tf.Tensor], tf.Tensor]) -> LossFn:
+    """Return how well `feature_fn(image)` [batch, d] lies on the line of `context["reference"]`, |cosine| - 1."""
+
+    def loss_fn(image: tf.Tensor, context: Context) -> tf.Tensor:
+        directions = [tf.math.l2_normalize(each, axis=-1) for each in (feature_fn(image), context["reference"])]
+        return tf.abs(tf.reduce_sum(directions[0] * directions[1], axis=-1)) - 1
+
+    return loss_fn
+
+
+def signed_target(scores_fn: LogitsFn) -> LossFn:
+    """Return the lead of one side of a class's axis over the label's axis, for classifiers of absolute scores.
+
+    The logits are `|scores|`, so that a class is reached at either end of its axis: `context["target"]` in
+    [0, 2 classes) is the positive end of class t, or t + classes the negative one. The gradient follows the end that is
+    meant, also where the score has the other sign.
+
+    Args:
+        scores_fn: from images to signed scores [batch, classes].
+    """
+
+    def loss_fn(image: tf.Tensor, context: Context) -> tf.Tensor:
+        scores = scores_fn(image)
+        ends = tf.concat([scores, -scores], axis=-1)
+        own = tf.abs(tf.gather(scores, context["label"], batch_dims=1))
+        return tf.gather(ends, context["target"], batch_dims=1) - own
+
+    return loss_fn
+
+
 OBJECTIVES: dict[str, Callable[[LogitsFn], LossFn]] = {
     "cross_entropy": cross_entropy,
+    "cross_entropy_x10": scaled_cross_entropy(10.0),
+    "cross_entropy_x50": scaled_cross_entropy(50.0),
     "dlr": dlr,
+    "feature_matching": feature_matching,
     "kl_divergence": kl_divergence,
     "logit_matching": logit_matching,
     "margin": margin,
+    "signed_target": signed_target,
     "targeted_cross_entropy": targeted_cross_entropy,
     "targeted_dlr": targeted_dlr,
 }
 
 
-TARGETED = ("logit_matching", "targeted_cross_entropy", "targeted_dlr")
-"""Objectives that need something to go to: `context["target"]`, or `context["reference"]`, the logits to match."""
+TARGETED = ("feature_matching", "logit_matching", "signed_target", "targeted_cross_entropy", "targeted_dlr")
+"""Objectives that need something to go to: `context["target"]`, or `context["reference"]`, what is to be matched."""
 
 
 def misclassified(logits_fn: LogitsFn) -> SuccessFn:

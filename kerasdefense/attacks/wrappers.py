@@ -41,6 +41,20 @@ def bpda(forward: ImageFn, backward: ImageFn = tf.identity) -> ImageFn:
     return wrapped
 
 
+def smooth_abs(length: float) -> ImageFn:
+    """Return the absolute value with the gradient of `sqrt(x^2 + length^2)`, which does not jump at 0.
+
+    Where a classifier's logits are absolute scores, the gradient of each flips as its score passes 0, and an attack
+    that has to bring it across goes to and fro.
+
+    Args:
+        length: above 0, about how far from 0 the gradient is rounded off.
+
+    Source: none; a use of BPDA (Athalye et al. 2018). Deviations: does not apply.
+    """
+    return bpda(tf.abs, lambda scores: tf.sqrt(tf.square(scores) + length**2))
+
+
 def draws_of(path: PathFn, image: tf.Tensor, seed: tf.Tensor, draws: int) -> tf.Tensor:
     """Return what `path` says of each image in so many random draws, [batch * draws, classes], an image's together.
 

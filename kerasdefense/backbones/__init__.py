@@ -39,7 +39,7 @@ BACKBONES: dict[str, Callable[..., keras.Model]] = {
 
 
 def build(backbone: config.Backbone, *, image_shape: ImageShape, classes: int) -> keras.Model:
-    """Return the backbone that a configuration describes, or the user's own model in its file, with the head it asks for.
+    """Return the backbone that a configuration describes, or the user's own model in its file, with its head.
 
     Args:
         backbone: the configuration; with `path` set, name, width and depth are ignored.

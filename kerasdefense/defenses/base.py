@@ -18,6 +18,7 @@ from kerasdefense.backbones import denoising_places
 from kerasdefense.defenses import batch as batches
 from kerasdefense.defenses import crafting, descent
 from kerasdefense.defenses.averages import averages_in_place
+from kerasdefense.defenses.axes import axis_paths
 from kerasdefense.defenses.batch import Batch
 from kerasdefense.defenses.stage import Stage
 from kerasdefense.types import Activations, Context, LossFn, PathFn, UsageError
@@ -107,12 +108,15 @@ class Defense(keras.Model):
         return self.backbone(image, training=False)
 
     def attack_paths(self) -> dict[str, PathFn]:
-        """Return the functions `(image, seed) -> logits` an evaluation must attack; `exact` is the defended path."""
+        """Return the functions `(image, seed) -> logits` an evaluation must attack; `exact` is the defended path.
+
+        Where classes are frozen axes, `axes.axis_paths` are among them.
+        """
 
         def exact(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
             return self(image, training=False, seed=seed)
 
-        return {"exact": exact}
+        return {"exact": exact, **axis_paths(self.backbone)}
 
     def reconstructed(self, image: tf.Tensor) -> Optional[tf.Tensor]:
         """Return the images [batch, h, w, c] in [0, 1] that the method draws anew of `image`; None if it draws none."""

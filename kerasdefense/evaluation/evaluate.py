@@ -17,10 +17,10 @@ from kerasdefense.evaluation import randomised
 from kerasdefense.evaluation.batches import as_batches, first_images
 from kerasdefense.evaluation.probes import Radii, Subject
 from kerasdefense.evaluation.report import accuracy_interval
-from kerasdefense.evaluation.robustness import SURROGATE, Measured, Options, measure
+from kerasdefense.evaluation.robustness import Measured, Options, measure
 from kerasdefense.evaluation.sanity import battery, security_curve
 from kerasdefense.evaluation.search import Chunk, ExactPath
-from kerasdefense.evaluation.suites import EOT_DRAWS, SUITES, PlannedAttack, Suite, ThreatModel
+from kerasdefense.evaluation.suites import EOT_DRAWS, SUITES, SURROGATE, PlannedAttack, Suite, ThreatModel
 from kerasdefense.evaluation.unseen import unseen
 from kerasdefense.types import InputError, PathFn, UsageError, look_up
 
@@ -58,7 +58,8 @@ def evaluate(
         alone: run every attack on every image that is right clean, also where the suite spares those that have fallen.
         is_randomised: whether the model draws at random; None = find out. It then gets the protocol for such models.
         sanity_examples: images for the sanity battery and the security curve, from the first on; 0 = neither.
-        features: `features(image) -> [n, d]`, what enters the last layer; for S16, which else looks at the logits.
+        features: `features(image) -> [n, d]`, what enters the last layer; for attacks that match it, which do not run
+            without, and for S16, which else looks at the logits.
         look_outside: measure accuracy on corrupted images and after StAdv too, on those of the sanity battery.
         save: .npz file that receives, per example, the worst image found and every outcome.
 
@@ -93,7 +94,7 @@ def evaluate(
         if options.journal is None and (is_random or save is not None):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             options = dataclasses.replace(options, journal=folder)
-        measured = measure(attack_paths, dataset, plan, options, save=save)
+        measured = measure(attack_paths, dataset, plan, options, features=features, save=save)
         results = summary(measured, threat_model)
         results |= {
             "flags": {**flags, "randomised": is_random, "classes": classes, "skipped": _skipped(plan, attack_paths)}

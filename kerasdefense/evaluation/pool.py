@@ -37,6 +37,7 @@ class Pool:
         self.search = search
         self.block = block
         self.logits = logits
+        self._reference = search.references(block.image, logits)
         self.exact = exact
         self.rows = rows
         self.fooled = np.zeros(len(rows), bool)
@@ -88,7 +89,7 @@ class Pool:
         self._inputs = (tf.constant(chunk.image), context)
 
     def _references(self, rows: np.ndarray) -> np.ndarray:
-        """Return the clean logits of an image of another class for each row, another one in each run."""
+        """Return what is to be matched, of a clean image of another class for each row, another one in each run."""
         count = len(self.block.label)
         found = (rows + 1 + self.run * 7919) % count
         for _ in range(count):
@@ -96,7 +97,7 @@ class Pool:
             if not same.any():
                 break
             found = np.where(same, (found + 1) % count, found)
-        return self.logits[found]
+        return self._reference[found]
 
     def _shrink(self) -> None:
         taken = np.flatnonzero(self.place != _FREE)

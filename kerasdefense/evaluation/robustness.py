@@ -22,12 +22,10 @@ import tensorflow as tf
 from kerasdefense.evaluation.block import Block
 from kerasdefense.evaluation.journal import Arrays, Journal
 from kerasdefense.evaluation.outcomes import Outcomes, collect, write_outcomes
-from kerasdefense.evaluation.search import FRESH_DRAWS, Chunk, ExactPath, Search
+from kerasdefense.evaluation.search import FEATURES, FRESH_DRAWS, Chunk, ExactPath, Search
 from kerasdefense.evaluation.suites import PlannedAttack
-from kerasdefense.types import InputError, PathFn, UsageError
+from kerasdefense.types import InputError, LogitsFn, PathFn, UsageError
 
-SURROGATE = "surrogate:"
-"""What the names of paths begin with that are not the model's own."""
 _BLOCK, _BLOCK_BYTES = 1024, 1 << 28
 
 
@@ -80,6 +78,7 @@ def measure(
     suite: Sequence[PlannedAttack],
     options: Options,
     *,
+    features: Optional[LogitsFn] = None,
     save: Optional[Path] = None,
 ) -> Measured:
     """Run every attack of a suite on every path and return who survived.
@@ -90,6 +89,7 @@ def measure(
         dataset: batches of dicts with image float32 [n, h, w, c] in [0, 1], label int32 [n] and index int32 [n].
         suite: the attacks.
         options: how they are run.
+        features: `features(image) -> [n, d]`, what enters the last layer; without it features are not matched.
         save: .npz file that receives, per example, the worst image found and every outcome; needs a journal.
 
     Raises:
@@ -98,10 +98,12 @@ def measure(
     """
     draws = FRESH_DRAWS if options.is_randomised else 1
     exact = ExactPath(attack_paths["exact"], seed=options.seed, chunk_size=options.chunk_size, draws=draws)
-    planned = [(each, name) for each in suite for name in attack_paths if each.transfer == name.startswith(SURROGATE)]
+    planned = [(each, name) for each in suite for name in attack_paths if each.is_for(name)]
+    settings: dict[str, Any] = {"seed": options.seed, "chunk_size": options.chunk_size, "features": features}
     searches = tuple(
-        Search(each, name, attack_paths[name], stream=stream, seed=options.seed, chunk_size=options.chunk_size)
+        Search(each, name, attack_paths[name], stream=stream, **settings)
         for stream, (each, name) in enumerate(planned)
+        if features is not None or each.objective != FEATURES
     )
     if not searches:
         raise UsageError("an evaluation needs at least one attack; transfer attacks need a surrogate")

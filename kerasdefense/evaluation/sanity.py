@@ -25,8 +25,8 @@ from kerasdefense.evaluation.probes import (
     swapped,
 )
 from kerasdefense.evaluation.report import accuracy_interval
-from kerasdefense.evaluation.robustness import SURROGATE, Measured
-from kerasdefense.evaluation.suites import EOT_DRAWS, PlannedAttack
+from kerasdefense.evaluation.robustness import Measured
+from kerasdefense.evaluation.suites import EOT_DRAWS, SURROGATE, PlannedAttack
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not_run"
 REPORTED = ("S12", "S15")

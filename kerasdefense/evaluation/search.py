@@ -13,10 +13,12 @@ from kerasdefense.attacks import OBJECTIVES, PGD, Iterative, check_logits, norms
 from kerasdefense.attacks.iterative import where
 from kerasdefense.attacks.wrappers import draws_of
 from kerasdefense.evaluation.suites import PlannedAttack
-from kerasdefense.types import Context, PathFn, UsageError
+from kerasdefense.types import Context, LogitsFn, PathFn, UsageError
 
-LABEL_ONLY = ("cross_entropy", "dlr", "margin")
+LABEL_ONLY = ("cross_entropy", "cross_entropy_x10", "cross_entropy_x50", "dlr", "margin")
 """Objectives that need no more of an example than its label."""
+LOGITS, FEATURES, SIGNED = "logit_matching", "feature_matching", "signed_target"
+"""Objectives that need the logits or features of another image, or the end of an axis, to go to."""
 FRESH_DRAWS = 10
 """Passes over whose mean probabilities a randomised model's answer is taken."""
 _SHARES = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 1 / 16)
@@ -138,10 +140,19 @@ class Search:
         stream: number that tells this search's random draws from those of others.
         seed: seed of the evaluation.
         chunk_size: images attacked at once, with all their random draws.
+        features: from images to what enters the last layer, [batch, d], for an attack that matches it.
     """
 
     def __init__(
-        self, planned: PlannedAttack, path_name: str, path: PathFn, *, stream: int, seed: int, chunk_size: int
+        self,
+        planned: PlannedAttack,
+        path_name: str,
+        path: PathFn,
+        *,
+        stream: int,
+        seed: int,
+        chunk_size: int,
+        features: Optional[LogitsFn] = None,
     ) -> None:
         self.planned = planned
         self.name = planned.name if path_name == "exact" else f"{planned.name}:{path_name}"
@@ -150,6 +161,7 @@ class Search:
         self.slots = max(1, chunk_size // planned.draws)
         self.is_iterative = isinstance(planned.attack, Iterative)
         self._path = path
+        self._features = features
         self._stream = stream
         self._seed = seed
         self._functions: dict[str, Callable[..., Any]] = {}
@@ -161,9 +173,9 @@ class Search:
             self._logits = lambda image: path(image, self._path_seed)
 
     def _check_objective(self) -> None:
-        known = (*LABEL_ONLY, "logit_matching") + (
-            ("targeted_cross_entropy", "targeted_dlr") if self.attack.targets else ()
-        )
+        known = (*LABEL_ONLY, LOGITS) if self._features is None else (*LABEL_ONLY, LOGITS, FEATURES)
+        if self.attack.targets:
+            known += ("targeted_cross_entropy", "targeted_dlr", SIGNED)
         if self.planned.objective not in known:
             raise UsageError(
                 f"attack {self.name} must maximise one of {', '.join(known)}, not {self.planned.objective}"
@@ -181,18 +193,33 @@ class Search:
             chunk: the images.
             logits: float32 [n, classes], of the clean images.
             run: int [n].
-            reference: float32 [n, classes], the clean logits of an image of another class.
+            reference: float32 [n, d], what `references` gives of an image of another class.
         """
         index = tf.constant(chunk.index)
         of_run = tf.constant(np.stack([run, np.zeros_like(run)], axis=1), tf.int32)
         seed = seeds.per_example(self._seed, self._stream, index) + of_run
         context = {"label": tf.constant(chunk.label), "seed": seed}
         if self.attack.targets:
-            targets = ranked_targets(tf.constant(logits), context["label"], self.attack.targets)
-            context["target"] = tf.gather(targets, tf.constant(run // self.attack.restarts, tf.int32), batch_dims=1)
-        if self.planned.objective == "logit_matching":
+            number = tf.constant(run // self.attack.restarts, tf.int32)
+            context["target"] = self._targets(tf.constant(logits), context["label"], number)
+        if self.planned.objective in (LOGITS, FEATURES):
             context["reference"] = tf.constant(reference)
         return context
+
+    def _targets(self, logits: tf.Tensor, label: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+        """Return target number `number` [n] of each image, the likeliest first; of signed ones both ends of each."""
+        if self.planned.objective != SIGNED:
+            return tf.gather(ranked_targets(logits, label, self.attack.targets), number, batch_dims=1)
+        ranked = ranked_targets(logits, label, self.attack.targets // 2)
+        return tf.gather(ranked, number // 2, batch_dims=1) + logits.shape[-1] * (number % 2)
+
+    def references(self, image: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        """Return what there is to match of clean images [n, h, w, c] with logits [n, classes]: features, or logits."""
+        if self.planned.objective != FEATURES:
+            return logits
+        features = compiled(self._features, tf.constant(image[:1]))
+        parts = [features(tf.constant(image[at : at + self.slots])) for at in range(0, len(image), self.slots)]
+        return tf.concat(parts, axis=0).numpy()
 
     def start(self, image: tf.Tensor, context: Context, run: np.ndarray) -> Any:
         """Return the state in which an iterative attack begins run number `run` [n] on each image."""
@@ -215,12 +242,14 @@ class Search:
 
     def _step(self, state: Any, image: tf.Tensor, context: Context) -> Any:
         context = {**context, "seed": seeds.advance(context["seed"], state.best.queries)}
-        answer = _Answer(self._path, context, self.planned.draws)
+        answer = _Answer(self._path, context, self.planned.draws, is_signed=self.path_name == "signed")
         if self.attack.takes == "logits":
             return self.attack.step(answer.mean_logits, state, image, context, None)
         objective = OBJECTIVES[self.planned.objective]
 
         def loss_fn(each: tf.Tensor, _: Context) -> tf.Tensor:
+            if self.planned.objective == FEATURES:
+                return objective(self._features)(each, context)
             return answer.loss(objective, each)
 
         def success_fn(each: tf.Tensor, _: Context) -> tf.Tensor:
@@ -250,8 +279,8 @@ def merged(condition: np.ndarray, first: Any, second: Any) -> Any:
 class _Answer:
     """What a path says of images in so many draws, asked once by all who want to know within one traced step."""
 
-    def __init__(self, path: PathFn, context: Context, draws: int) -> None:
-        self._path, self._context, self._draws = path, context, draws
+    def __init__(self, path: PathFn, context: Context, draws: int, *, is_signed: bool = False) -> None:
+        self._path, self._context, self._draws, self._is_signed = path, context, draws, is_signed
         self._last: list[tf.Tensor] = []
 
     def _drawn(self, image: tf.Tensor) -> tf.Tensor:
@@ -279,7 +308,7 @@ class _Answer:
 
     def fools(self, image: tf.Tensor) -> tf.Tensor:
         """Return whether the mean probabilities of the draws are highest for another class than the label, [batch]."""
-        logits = self._drawn(image)
+        logits = tf.abs(self._drawn(image)) if self._is_signed else self._drawn(image)
         mean = logits if self._draws == 1 else self._mean(tf.nn.softmax(logits))
         return tf.argmax(mean, axis=-1, output_type=tf.int32) != self._context["label"]
 

@@ -7,8 +7,15 @@ from typing import Callable, NamedTuple
 
 from kerasdefense.attacks import APGD, ATTACKS, FAB, FGSM, PGD, Attack, Square, has_foolbox
 
+SURROGATE = "surrogate:"
+"""What the names of paths begin with that are not the model's own."""
+AIDS = ("signed", "smoothed")
+"""Families of paths that are there for attacks made for them: the absolute values of `signed` are the logits, and
+`smoothed:<length>` are the logits with a gradient that is rounded off where those jump."""
 EOT_DRAWS = 20
 TARGETS = 9
+_SCALES = ("x10", "x50")
+"""Scales of the logits, as the keys of OBJECTIVES have them, at which cross-entropy is attacked besides 1."""
 
 
 class ThreatModel(NamedTuple):
@@ -32,6 +39,7 @@ class PlannedAttack(NamedTuple):
         draws: passes whose loss and probabilities are averaged at each point, for models that draw at random.
         examples: how many images are attacked at most, from the first on; 0 = all. The others count as standing.
         transfer: whether it is aimed at surrogates, and only what it finds on them is tried on the model.
+        path: family of the paths that it is for, of AIDS; "" = every path but those and surrogates.
         replaces: what it stands in for, and why, where a suite's own attack cannot run on so few classes.
     """
 
@@ -42,6 +50,14 @@ class PlannedAttack(NamedTuple):
     examples: int = 0
     transfer: bool = False
     replaces: str = ""
+    path: str = ""
+
+    def is_for(self, path: str) -> bool:
+        """Return whether the attack is to be tried on the path of this name."""
+        if path.startswith(SURROGATE):
+            return self.transfer
+        family = path.split(":")[0]
+        return not self.transfer and self.path == (family if family in AIDS else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,11 +160,21 @@ def _cleverhans(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack,
     return tuple(PlannedAttack(name, ATTACKS[name](norm=norm, epsilon=epsilon), "its own") for name in names)
 
 
+def _apgd_signed(norm: str, epsilon: float, classes: int) -> PlannedAttack:
+    """Return APGD on signed scores, to both ends of the axis of each of the likeliest classes."""
+    attack = APGD(norm, epsilon, targets=2 * min(TARGETS, classes - 1))
+    return PlannedAttack("apgd_signed", attack, "signed_target", path="signed")
+
+
 def _adaptive(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
     return (
         _apgd_ce(norm, epsilon, restarts=5),
+        *(PlannedAttack(f"apgd_ce_{by}", APGD(norm, epsilon, restarts=5), f"cross_entropy_{by}") for by in _SCALES),
         _apgd_dlr(norm, epsilon, classes, restarts=5),
         *_distinct(_apgd_t(norm, epsilon, classes), classes),
+        PlannedAttack("apgd_smoothed", APGD(norm, epsilon, restarts=2), "margin", path="smoothed"),
+        _apgd_signed(norm, epsilon, classes),
+        PlannedAttack("feature_matching", APGD(norm, epsilon, restarts=5), "feature_matching"),
         PlannedAttack("logit_matching", APGD(norm, epsilon, restarts=5), "logit_matching"),
         _fab_t(norm, epsilon, classes),
         _square(norm, epsilon),

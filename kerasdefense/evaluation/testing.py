@@ -15,7 +15,7 @@ from kerasdefense.evaluation.block import Block
 from kerasdefense.evaluation.evaluate import evaluate
 from kerasdefense.evaluation.models import Loaded, as_paths, check_fits, load_model
 from kerasdefense.evaluation.report import radius, relation
-from kerasdefense.evaluation.robustness import SURROGATE, Options
+from kerasdefense.evaluation.robustness import Options
 from kerasdefense.evaluation.search import FRESH_DRAWS, ExactPath, Search
 from kerasdefense.evaluation.suites import PlannedAttack, ThreatModel
 from kerasdefense.types import InputError, UsageError
@@ -157,7 +157,7 @@ class RobustValidation(keras.callbacks.Callback):
                 f"validation labels go from {self._chunk.label.min()} to {self._chunk.label.max()}, but the "
                 f"model has classes 0 to {classes - 1}"
             )
-        own = [(name, path) for name, path in loaded.attack_paths.items() if not name.startswith(SURROGATE)]
+        own = [(name, path) for name, path in loaded.attack_paths.items() if self.planned.is_for(name)]
         self._searches = [
             Search(self.planned, name, path, stream=stream, **settings) for stream, (name, path) in enumerate(own)
         ]

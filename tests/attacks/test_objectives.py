@@ -17,6 +17,7 @@ from kerasdefense.attacks import (
     share_pass,
 )
 from kerasdefense.attacks.objectives import matching
+from kerasdefense.attacks.wrappers import smooth_abs
 from kerasdefense.types import InputError
 
 LOGITS = tf.constant([[3.0, 1, 0, -1], [0, 1, 4, 2], [2, 5, 1, 0], [0, 0, 9, 1]])
@@ -40,10 +41,14 @@ CONTEXT = {"label": LABEL, "target": TARGET, "logits": REFERENCE, "reference": R
     "name, expected",
     [
         ("cross_entropy", losses.cross_entropy(LOGITS, LABEL)),
+        ("cross_entropy_x10", losses.cross_entropy(10 * LOGITS, LABEL)),
+        ("cross_entropy_x50", losses.cross_entropy(50 * LOGITS, LABEL)),
         ("dlr", losses.dlr(LOGITS, LABEL)),
+        ("feature_matching", tf.constant([902**-0.5, 9 * 630**-0.5, 9 * 630**-0.5, 902**-0.5]) - 1),
         ("kl_divergence", losses.kl_divergence(REFERENCE, LOGITS)),
         ("logit_matching", tf.constant([-23.75, -8.25, -8.25, -23.75])),
         ("margin", tf.constant([-2.0, 3, -3, 9])),
+        ("signed_target", tf.constant([-2.0, 3, -3, 0])),
         ("targeted_cross_entropy", tf.gather(tf.nn.log_softmax(LOGITS), TARGET, batch_dims=1)),
         ("targeted_dlr", losses.targeted_dlr(LOGITS, LABEL, TARGET)),
     ],
@@ -53,7 +58,7 @@ def test_objective_is_its_loss_on_the_context(name, expected):
 
 
 def test_objectives_are_all_tested_and_targeted_ones_need_something_to_go_to():
-    untargeted = {"cross_entropy", "dlr", "kl_divergence", "margin"}
+    untargeted = {"cross_entropy", "cross_entropy_x10", "cross_entropy_x50", "dlr", "kl_divergence", "margin"}
     assert set(OBJECTIVES) == untargeted | set(TARGETED)
     for name, objective in OBJECTIVES.items():
         context = {key: CONTEXT[key] for key in ("label", "logits")}
@@ -62,6 +67,47 @@ def test_objectives_are_all_tested_and_targeted_ones_need_something_to_go_to():
                 objective(logits_fn)(as_image(LOGITS), context)
         else:
             objective(logits_fn)(as_image(LOGITS), context)
+
+
+def test_signed_target_comes_to_the_far_end_of_an_axis_which_the_margin_turns_away_from():
+    """At 0 the score of class 1 is 0.1, and the way to |score| > 0.3 leads through 0."""
+
+    def scores_fn(image):
+        pixel = image[:, 0, 0]
+        return tf.concat([tf.fill(tf.shape(pixel), 0.3), 0.1 - 0.6 * pixel], axis=1)
+
+    attack, image, seed = (
+        PGD(epsilon=0.9, steps=10, random_start=False),
+        tf.zeros([1, 1, 1, 1]),
+        tf.zeros([1, 2], tf.int32),
+    )
+
+    def found(objective, logits_fn, **context):
+        context = {name: tf.constant([value]) for name, value in {"label": 0, **context}.items()}
+        return attack(OBJECTIVES[objective](logits_fn), image, context, seed).image[0, 0, 0, 0].numpy()
+
+    def beaten(pixel):
+        return abs(0.1 - 0.6 * pixel) > 0.3
+
+    assert beaten(found("signed_target", scores_fn, target=1 + 2))
+    assert not beaten(found("signed_target", scores_fn, target=1))
+    for objective in ("margin", "cross_entropy", "cross_entropy_x50"):
+        assert not beaten(found(objective, lambda image: tf.abs(scores_fn(image))))
+
+
+def test_smooth_abs_has_the_values_of_abs_and_a_gradient_that_does_not_jump():
+    scores = tf.constant([-2.0, -0.1, 0.0, 0.1, 2.0])
+
+    def values_and_slopes(length):
+        with tf.GradientTape() as tape:
+            tape.watch(scores)
+            values = smooth_abs(length)(scores)
+        return values, tape.gradient(values, scores)
+
+    values, slopes = values_and_slopes(0.1)
+    np.testing.assert_array_equal(values, tf.abs(scores))
+    np.testing.assert_allclose(slopes, scores / tf.sqrt(scores**2 + 0.01), rtol=1e-6)
+    np.testing.assert_allclose(values_and_slopes(1e-4)[1], tf.sign(scores), atol=1e-4)
 
 
 def test_matching_compares_features_of_any_shape_with_those_of_another_image():

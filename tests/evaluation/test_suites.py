@@ -18,7 +18,8 @@ def test_suite_has_one_threat_model_and_known_parts(name, norm, classes):
         assert type(planned.attack) in ATTACKS.values()
         assert planned.objective in OBJECTIVES or planned.attack.takes == "logits"
         assert (planned.attack.norm, planned.attack.epsilon) == (norm, 0.07)
-        assert getattr(planned.attack, "targets", 0) < classes
+        ends = 2 if planned.objective == "signed_target" else 1
+        assert getattr(planned.attack, "targets", 0) <= ends * (classes - 1)
 
 
 def by_name(suite, classes=10):
@@ -52,6 +53,26 @@ def test_other_versions_of_autoattack_have_their_restarts_and_draws():
     assert list(rand) == ["apgd_ce", "apgd_dlr"] and {planned.draws for planned in rand.values()} == {20}
 
 
+def test_adaptive_suite_looks_for_what_bounded_logits_hide():
+    suite = by_name("adaptive")
+    assert {"apgd_ce", "apgd_ce_x10", "apgd_ce_x50", "feature_matching", "transfer_apgd_ce"} <= set(suite)
+    assert suite["apgd_signed"].attack.targets == 18 and suite["apgd_signed"].objective == "signed_target"
+    assert by_name("adaptive", 3)["apgd_signed"].attack.targets == 4
+
+
+def test_attack_meets_the_paths_that_it_is_made_for():
+    paths = ("exact", "bpda_identity", "signed", "smoothed:0.1", "surrogate:twin")
+    suite = by_name("adaptive")
+
+    def met(name):
+        return [path for path in paths if suite[name].is_for(path)]
+
+    assert met("apgd_ce") == met("feature_matching") == ["exact", "bpda_identity"]
+    assert met("apgd_signed") == ["signed"] and met("apgd_smoothed") == ["smoothed:0.1"]
+    assert met("transfer_apgd_ce") == ["surrogate:twin"]
+    assert not any(planned.is_for("signed") for planned in by_name("autoattack").values())
+
+
 @pytest.mark.parametrize(
     "suite, classes, name, objective, words",
     [
@@ -69,5 +90,5 @@ def test_too_few_classes_name_the_attack_that_is_replaced(suite, classes, name, 
 @pytest.mark.parametrize("objective", ["kl_divergence", "targeted_cross_entropy"])
 def test_search_refuses_an_objective_that_needs_more_than_a_label(objective):
     planned = PlannedAttack("mine", PGD(epsilon=0.1), objective)
-    with pytest.raises(UsageError, match="must maximise one of cross_entropy, dlr, margin, logit_matching, not"):
+    with pytest.raises(UsageError, match=r"must maximise one of cross_entropy, .*margin, logit_matching, not"):
         Search(planned, "exact", lambda image, seed: image, stream=0, seed=0, chunk_size=4)
