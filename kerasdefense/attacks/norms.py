@@ -91,3 +91,9 @@ def random_point(image: tf.Tensor, *, epsilon: float, norm: str, seed: tf.Tensor
     if on_sphere:
         delta = delta / column(tf.maximum(length(delta, norm), _TINY), delta)
     return project(image + epsilon * delta, image, epsilon=epsilon, norm=norm)
+
+
+def radius(epsilon: float) -> str:
+    """Return a radius as people write it: 8/255 where it is a whole number of grey levels, else a decimal."""
+    levels = epsilon * 255
+    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"{epsilon:g}"

@@ -54,6 +54,8 @@ class Defense(keras.Model):
     """Fields of `config.Defense` that are this method's own constructor arguments."""
     released: ClassVar[Optional[Mapping[str, Any]]] = None
     """What the authors' release sets otherwise than the recommended settings; None = there is no release to follow."""
+    caveat: ClassVar[str] = ""
+    """What the card of a model says besides where next to nothing stands under attack."""
     parts: ClassVar[tuple[str, ...]] = ("backbone",)
     """Constructor arguments that are models, or None."""
 

@@ -52,6 +52,10 @@ class DFA(Defense):
     chosen on held-out images, by clean accuracy: attacks on bounded logits are weak on the way and would choose by it.
     """
 
+    caveat = (
+        "DFA alone is not a defense: it regularises features, and what it was reported to withstand are attacks that "
+        "do not adapt to it. Use it for a compact embedding; where attacks are expected, train with dfa_at or pgd_at."
+    )
     terms = ("cross_entropy_loss", "aggregation_loss")
     monitor = CLEAN_ACCURACY
     settings = (

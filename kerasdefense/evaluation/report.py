@@ -12,6 +12,7 @@ import numpy as np
 from rich.table import Table
 from scipy import stats
 
+from kerasdefense.attacks.norms import radius
 from kerasdefense.evaluation.suites import SUITES
 from kerasdefense.files import check_schema
 
@@ -90,12 +91,6 @@ def _percent(value: float) -> str:
 def _interval(accuracy: Mapping[str, Any]) -> str:
     low, high = accuracy["ci95"]
     return f"{100 * low:.1f} to {100 * high:.1f} %"
-
-
-def radius(epsilon: float) -> str:
-    """Return a radius as people write it: 8/255 where it is a whole number of grey levels, else a decimal."""
-    levels = epsilon * 255
-    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"{epsilon:g}"
 
 
 def table(results: Mapping[str, Any], title: str) -> Table:

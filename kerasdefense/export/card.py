@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any, Optional
 
 from kerasdefense import config
+from kerasdefense.attacks.norms import radius
 from kerasdefense.defenses import DEFENSES, weight_perturbation
 from kerasdefense.detectors.rejection import RejectOption
 from kerasdefense.files import check_schema
 from kerasdefense.types import look_up
 
+NEXT_TO_NOTHING = 0.05
+"""Robust accuracy that is no defense."""
 _SCHEMA = Path(__file__).with_name("card.schema.json")
 
 
@@ -39,8 +42,10 @@ def card(
     """
     perturbed = " with weight perturbation" if run.defense.awp_gamma else ""
     split = f", open-set split {run.data.open_set_split}" if run.data.open_set_split else ""
+    measured = None if results is None else figures(results)
     return {
         "schema_version": 1,
+        "about": about(run.defense.name, measured),
         "name": f"{run.defense.name}{perturbed} on {run.data.name}{split}",
         "threat_model": {"norm": run.attack.norm, "epsilon": run.attack.epsilon},
         "data": {
@@ -56,12 +61,32 @@ def card(
             "deviations": _deviations(look_up(DEFENSES, run.defense.name, "defense"), run.defense.awp_gamma),
         },
         "backbone": Path(run.backbone.path).name or run.backbone.name,
-        "figures": None if results is None else figures(results),
+        "figures": measured,
         "rejection": None if reject is None else reject.described(),
         "config": dataclasses.asdict(_without_places(run)),
         "versions": dict(versions),
         "seed": run.train.seed,
     }
+
+
+def about(defense: str, measured: Optional[Mapping[str, Any]]) -> list[str]:
+    """Return what a card says first: what stands under attack, and what to think of it where that is next to nothing.
+
+    Args:
+        defense: key of DEFENSES.
+        measured: what `figures` gave, None if the model was not evaluated.
+    """
+    if measured is None:
+        return ["Not evaluated: how far it holds up under attack is not known."]
+    robust, clean, threat = measured["robust_accuracy"], measured["clean_accuracy"], measured["threat_model"]
+    low, high = (100 * bound for bound in robust["ci95"])
+    ball = f"the {threat['norm']} ball of radius {radius(threat['epsilon'])}"
+    lines = [
+        f"The suite {measured['suite']} leaves {100 * robust['value']:.1f} % of {robust['n']:,} test images right in "
+        f"{ball} (95 % interval {low:.1f} to {high:.1f} %); clean accuracy {100 * clean['value']:.1f} %."
+    ]
+    caveat = look_up(DEFENSES, defense, "defense").caveat
+    return [*lines, caveat] if caveat and robust["ci95"][1] < NEXT_TO_NOTHING else lines
 
 
 def _without_places(run: config.Run) -> config.Run:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kerasdefense.defenses import Defense, as_kept
-from kerasdefense.export.card import check_card, figures
+from kerasdefense.export.card import about, check_card, figures
 from kerasdefense.export.saved_model import CARD
 from kerasdefense.files import replacing, write_json
 from kerasdefense.types import InputError
@@ -66,6 +66,7 @@ def publish_figures(folder: Path, results: Mapping[str, Any], adversarial: Path)
         card = json.loads(path.read_text(encoding="utf-8"))
         budget = results["attack_budget"]
         card["figures"] = figures({**results, "attack_budget": 0 if budget is None else budget})
+        card["about"] = about(card["defense"]["name"], card["figures"])
         check_card(card)
         write_json(path, card)
     _write_outcomes(folder, adversarial)

@@ -121,6 +121,22 @@ def test_card_carries_figures_with_their_own_threat_model():
     assert make_card(results=None)["figures"] is None
 
 
+def test_card_begins_with_what_stands_under_attack():
+    card = make_card()
+    assert min(card) == "about"  # keys are written in order
+    (line,) = card["about"]
+    assert line.startswith("The suite standard leaves 50.0 % of 10 test images right in the linf ball of radius 51/255")
+    assert line.endswith("(95 % interval 20.0 to 80.0 %); clean accuracy 90.0 %.")
+    assert make_card(results=None)["about"] == ["Not evaluated: how far it holds up under attack is not known."]
+
+
+def test_card_of_dfa_says_that_it_is_no_defense_where_next_to_nothing_stands():
+    broken = {**RESULTS, "robust_accuracy": {"value": 0.01, "n": 1000, "ci95": [0.005, 0.02]}}
+    dfa, standard = (config.Defense(name=name) for name in ("dfa", "standard"))
+    assert make_card(broken, defense=dfa)["about"][1].startswith("DFA alone is not a defense")
+    assert len(make_card(defense=dfa)["about"]) == len(make_card(broken, defense=standard)["about"]) == 1
+
+
 def test_card_names_the_file_of_an_own_model_without_its_folder():
     assert make_card(backbone=config.Backbone(path="some/where/mine.keras"))["backbone"] == "mine.keras"
 
