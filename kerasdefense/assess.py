@@ -21,6 +21,7 @@ from kerasdefense.data import Split, Splits
 from kerasdefense.evaluation import Loaded, Options, ThreatModel, internals
 from kerasdefense.evaluation.digests import of_file
 from kerasdefense.evaluation.html import choose_examples, write_report
+from kerasdefense.evaluation.plane import write_plane
 from kerasdefense.evaluation.report import note
 from kerasdefense.evaluation.search import FRESH_DRAWS, Chunk, ExactPath, within
 from kerasdefense.evaluation.suites import SURROGATE
@@ -96,15 +97,18 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
 def _internals(
     run: config.Run, splits: Splits, model: Loaded, threat_model: ThreatModel, examples: int
 ) -> Optional[dict[str, Any]]:
-    """Measure the model's inside on so many images, keep the figures of each and return those of all."""
-    path = Path(run.run_dir) / internals.ARRAYS
-    path.unlink(missing_ok=True)
+    """Measure the model's inside on so many images, keep the figures of each and a picture, and return those of all."""
+    path, picture = (Path(run.run_dir) / each for each in (internals.ARRAYS, internals.PICTURE))
+    for each in (path, picture):
+        each.unlink(missing_ok=True)
     if not examples:
         return None
     batches = splits.test.batches(run.evaluate.chunk_size)
     found = internals.measure_internals(model, batches, threat_model, examples=examples, seed=run.evaluate.seed)
     with replacing(path) as temporary:
         np.savez_compressed(temporary, **found.arrays)
+    if found.embeddings is not None:
+        write_plane(picture, found.embeddings, splits.labels, attack=f"PGD-{internals.STEPS}")
     return found.results
 
 
@@ -150,12 +154,15 @@ def _write(run_dir: Path, results: Mapping[str, Any], splits: Splits, model: Loa
         answers(arrays["image_adv"]),
         splits.labels,
     )
+    pictures = {name: run_dir / recognition.PICTURES.format(name) for name in ("scores", "roc")}
+    if (run_dir / internals.PICTURE).is_file():
+        pictures["embedding"] = run_dir / internals.PICTURE
     write_report(
         run_dir / REPORT,
         results,
         title=f"{model.name} on {splits.name}",
         images=examples,
-        pictures={name: run_dir / recognition.PICTURES.format(name) for name in ("scores", "roc")},
+        pictures=pictures,
     )
 
 

@@ -241,7 +241,7 @@ class Evaluate:
     internals: int = _field(
         0,
         "test images, from the first on, on which to measure what goes on inside the model under PGD-20: noise in its "
-        "features, how flat its loss is, what its method claims; 0 = none",
+        "features, how flat its loss is, how compact its embedding, what its method claims; 0 = none",
         low=0,
     )
     unseen: bool = _field(False, "also measure on corrupted images and after StAdv, which are outside every ball")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from kerasdefense import assess, config, data, evaluation, export, run
-from kerasdefense.evaluation import internals
+from kerasdefense.evaluation import geometry, internals
 from kerasdefense.evaluation.digests import of_file
 from kerasdefense.types import InputError
 
@@ -67,6 +69,20 @@ def test_foreign_model_is_evaluated_into_its_directory(evaluated, foreign):
     with np.load(evaluated / internals.ARRAYS) as inside:
         assert len(inside["index"]) == results["internals"]["n"] == 8
         assert results["internals"]["figures"]["loss"]["value"] == pytest.approx(inside["loss"].mean())
+
+
+def test_picture_of_the_embedding_comes_and_goes_with_the_measurement(tmp_path, monkeypatch):
+    embedding, label = np.random.default_rng(0).standard_normal((6, 3)), np.arange(6) % 2
+    embeddings = geometry.Embeddings(embedding, embedding + 1, label)
+    found = internals.Internals({"n": 6}, {"index": np.arange(6)}, embeddings)
+    monkeypatch.setattr(internals, "measure_internals", lambda *args, **kwargs: found)
+    splits = SimpleNamespace(labels=("even", "odd"), test=SimpleNamespace(batches=lambda size: None))
+    given = config.Run(run_dir=str(tmp_path)), splits, None, evaluation.ThreatModel("linf", 0.1)
+    kept = [tmp_path / internals.ARRAYS, tmp_path / internals.PICTURE]
+    assert assess._internals(*given, 6)["n"] == 6 and all(path.is_file() for path in kept)
+    with Image.open(kept[1]) as picture:
+        assert picture.format == "PNG" and np.unique(picture.convert("L")).size > 10
+    assert assess._internals(*given, 0) is None and not any(path.exists() for path in kept)
 
 
 def test_evaluation_is_verified_in_a_process_without_its_state(evaluated, capsys):

@@ -13,10 +13,9 @@ import keras
 import tensorflow as tf
 
 from kerasdefense import config
-from kerasdefense.attacks import OBJECTIVES, PGD, norms, seeds
-from kerasdefense.backbones import denoising_places
+from kerasdefense.attacks import OBJECTIVES, PGD, seeds
 from kerasdefense.defenses import batch as batches
-from kerasdefense.defenses import crafting, descent
+from kerasdefense.defenses import crafting, descent, inside
 from kerasdefense.defenses.averages import averages_in_place
 from kerasdefense.defenses.axes import axis_paths
 from kerasdefense.defenses.batch import Batch
@@ -130,6 +129,9 @@ class Defense(keras.Model):
 
         `noise_before_block_<place>`, `noise_after_block_<place>` in ResNets: the distance of attacked from clean
         features over the length of the clean ones, around the places of denoising blocks; the same where there is none.
+        `cosine_to_own_axis`, `cosine_to_other_axes`, `adversarial_cosine_to_own_axis`,
+        `adversarial_cosine_to_other_axes` where the classes are frozen axes: the absolute cosine of the embedding with
+        the axis of the label, and the mean of those with the others, clean and attacked.
 
         Args:
             batch: the images.
@@ -138,16 +140,10 @@ class Defense(keras.Model):
             seed: seed of these, and of whatever else is drawn.
         """
         del attack, seed
-        tensors = {
-            f"noise_{when}_block_{place}": tensor
-            for place, around in denoising_places(self.backbone).items()
-            for when, tensor in zip(("before", "after"), around)
+        return {
+            **inside.block_noise(self.backbone, batch.image, image_adv),
+            **inside.axis_cosines(self.backbone, batch.image, image_adv, batch.label),
         }
-        if not tensors:
-            return {}
-        inside = keras.Model(self.backbone.input, tensors)
-        clean, attacked = (inside(each, training=False) for each in (batch.image, image_adv))
-        return {name: norms.relative_distance(attacked[name], clean[name]) for name in tensors}
 
     # The verbs of training.
 

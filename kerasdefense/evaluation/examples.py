@@ -103,4 +103,9 @@ def _png(image: np.ndarray) -> str:
     picture = picture.reduce(math.ceil(side / _LARGE)) if side > _LARGE else picture
     stream = io.BytesIO()
     picture.save(stream, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return data_uri(stream.getvalue())
+
+
+def data_uri(png: bytes) -> str:
+    """Return a PNG file as an address that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Optional
 
 import jinja2
 
-from kerasdefense.evaluation.examples import Examples, choose_examples
+from kerasdefense.evaluation.examples import Examples, choose_examples, data_uri
 from kerasdefense.evaluation.examples import pictures as pictures_of
 from kerasdefense.evaluation.open_set.page import unknown_images
 from kerasdefense.evaluation.report import radius, wilson
@@ -69,10 +69,12 @@ def write_report(
         results: what results.json holds; blocks that are not there are left out.
         title: what was evaluated.
         images: examples to show, as `choose_examples` returns them; None = none.
-        pictures: .png files of open-set recognition, as "scores" and "roc"; read only if results have that block.
+        pictures: .png files: of open-set recognition, as "scores" and "roc", and of the model's inside, as "embedding";
+            read only if results have that block.
     """
-    known = {**_OPTIONAL, **results}
+    known, pictures = {**_OPTIONAL, **results}, pictures or {}
     known["threat_model"] = threat = results.get("threat_model") or results["attacks"][0]["threat_model"]
+    picture = pictures.get("embedding") if known["internals"] else None
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -92,7 +94,8 @@ def write_report(
         seconds=sum(attack["seconds"] for attack in known["attacks"]),
         randomised=list(_protocol(known["randomised"] or {})),
         examples=[] if images is None else list(pictures_of(images, threat)),
-        unknown=unknown_images(known["open_set"], pictures or {}),
+        unknown=unknown_images(known["open_set"], pictures),
+        embedding=picture and data_uri(picture.read_bytes()),
         sections=_sections(known["config"]),
     )
     write_text(path, page)

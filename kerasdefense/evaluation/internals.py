@@ -1,6 +1,7 @@
 """What goes on inside a model under attack, image by image; robust accuracy does not depend on it.
 
-These are figures for the claims that papers make of their methods: less noise in the features, a flatter minimum.
+These are figures for the claims that papers make of their methods: less noise in the features, a flatter minimum, a
+more compact embedding.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from kerasdefense.attacks import PGD, norms
 from kerasdefense.defenses.batch import Batch
 from kerasdefense.evaluation.batches import first_images
 from kerasdefense.evaluation.compare import paired_difference
+from kerasdefense.evaluation.geometry import Embeddings, closeness, participation
 from kerasdefense.evaluation.models import Loaded
 from kerasdefense.evaluation.recorded import read_results
 from kerasdefense.evaluation.report import accuracy_interval, mean_interval, radius
@@ -26,7 +28,7 @@ from kerasdefense.evaluation.search import Chunk, ExactPath, compiled, mover
 from kerasdefense.evaluation.suites import ThreatModel
 from kerasdefense.types import InputError
 
-ARRAYS = "evaluation/internals.npz"
+ARRAYS, PICTURE = "evaluation/internals.npz", "evaluation/embedding.png"
 STEPS = 20
 """Steps of the attack."""
 SHARES = (0.1, 0.2, 0.3)
@@ -37,10 +39,14 @@ _BATCH = 256
 
 
 class Internals(NamedTuple):
-    """What was measured: the block of results.json, and arrays by name: `index`, and each figure per image."""
+    """What was measured: the block of results.json, arrays by name (`index`, and each figure per image), embeddings.
+
+    A figure is NaN at an image for which it has no meaning, and then not counted in its mean.
+    """
 
     results: dict[str, Any]
     arrays: dict[str, np.ndarray]
+    embeddings: Optional[Embeddings] = None
 
 
 def measure_internals(
@@ -55,6 +61,8 @@ def measure_internals(
     4. `loss_rise_<share>` and `adversarial_loss_rise_<share>`: by how much the cross-entropy of the clean images, and
        of those of step 1, rises when every kernel is moved; the mean over five directions, Gaussian, each filter's
        scaled to that share of its own length.
+    5. How compact the clean embedding is, at length 1: `intra_class_cosine`, `inter_class_cosine` and
+       `nearest_other_class` of each image, `participation_ratio` and `class_participation_ratio` of all; see geometry.
 
     What the model does not tell, or cannot have moved, is left out.
 
@@ -74,37 +82,47 @@ def measure_internals(
     count = len(chunk.label)
     parts = [chunk.rows(np.arange(first, min(first + _BATCH, count))) for first in range(0, count, _BATCH)]
     image_adv = np.concatenate([move(part) for part in parts])
-    figures = {**_told(model, chunk, image_adv, attack, seed), **_loss_rises(model, chunk, image_adv, seed)}
+    told, embeddings = _told(model, chunk, image_adv, attack, seed)
+    figures = {**told, **_loss_rises(model, chunk, image_adv, seed)}
+    of_all = {}
+    if embeddings is not None:
+        figures |= closeness(embeddings.clean, chunk.label)
+        of_all = participation(embeddings.clean, chunk.label, seed=seed)
     results = {
         "n": count,
         "attack": attack.get_config(),
         "seed": seed,
         "directions": DRAWS,
-        "figures": {name: _interval(values, seed) for name, values in figures.items()},
+        "figures": {**{name: _interval(values, seed) for name, values in figures.items()}, **of_all},
     }
-    return Internals(results, {"index": chunk.index, **figures})
+    return Internals(results, {"index": chunk.index, **figures}, embeddings)
 
 
 def _interval(values: np.ndarray, seed: int) -> dict[str, Any]:
-    return accuracy_interval(values) if values.dtype == bool else mean_interval(values, seed=seed)
+    if values.dtype == bool:
+        return accuracy_interval(values)
+    return mean_interval(values[~np.isnan(values)], seed=seed)
 
 
-def _told(model: Loaded, chunk: Chunk, image_adv: np.ndarray, attack: PGD, seed: int) -> dict[str, np.ndarray]:
-    """Return the figures of steps 2 and 3."""
+def _told(
+    model: Loaded, chunk: Chunk, image_adv: np.ndarray, attack: PGD, seed: int
+) -> tuple[dict[str, np.ndarray], Optional[Embeddings]]:
+    """Return the figures of steps 2 and 3, and the embeddings, None where the model does not tell."""
 
-    def figures(image: tf.Tensor, image_adv: tf.Tensor, label: tf.Tensor, index: tf.Tensor) -> dict[str, tf.Tensor]:
-        found = {}
-        if model.features is not None:
-            found["embedding_noise"] = norms.relative_distance(model.features(image_adv), model.features(image))
+    def tell(image: tf.Tensor, image_adv: tf.Tensor, label: tf.Tensor, index: tf.Tensor) -> tuple[Any, Any]:
         told = model.internals(Batch(image, label, index), image_adv, attack, seed) if model.internals else {}
-        return {**found, **told}
+        if model.features is None:
+            return told, {}
+        clean, adversarial = model.features(image), model.features(image_adv)
+        told = {"embedding_noise": norms.relative_distance(adversarial, clean), **told}
+        return told, {"clean": clean, "adversarial": adversarial}
 
     inputs = [tf.constant(each) for each in (chunk.image, image_adv, chunk.label, chunk.index)]
-    function, parts = compiled(figures, *inputs), []
-    for first in range(0, len(chunk.label), _BATCH):
-        found = function(*(each[first : first + _BATCH] for each in inputs))
-        parts.append({name: each.numpy() for name, each in found.items()})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    function = compiled(tell, *inputs)
+    firsts = range(0, len(chunk.label), _BATCH)
+    parts = [function(*(each[first : first + _BATCH] for each in inputs)) for first in firsts]
+    figures, embeddings = tf.nest.map_structure(lambda *each: np.concatenate(each), *parts)
+    return figures, Embeddings(**embeddings, label=chunk.label) if embeddings else None
 
 
 def _loss_rises(model: Loaded, chunk: Chunk, image_adv: np.ndarray, seed: int) -> dict[str, np.ndarray]:
@@ -150,7 +168,8 @@ def internals_table(results: Mapping[str, Any]) -> Optional[Table]:
         return None
     threat = results["threat_model"]
     caption = (
-        f"Means over n = {found['n']} images, seed {found['seed']}; attack: PGD-{found['attack']['steps']}, "
+        f"Means over n = {found['n']} images, or ratios of them all; seed {found['seed']}; "
+        f"attack: PGD-{found['attack']['steps']}, "
         f"{threat['norm']} ball of radius {radius(threat['epsilon'])}."
     )
     table = Table(title="inside the model", caption=caption, caption_justify="left", title_justify="left")
@@ -178,7 +197,8 @@ def compare_internals(folders: Mapping[str, Path], *, seed: int = 0) -> Optional
     table = Table(title="inside the models", title_justify="left", caption_justify="left")
     table.caption = (
         f"n = {first.results['n']}. Means; below them the difference from the first run, paired on the same images, "
-        "with the percentile bootstrap's 95 % interval; *: it excludes 0."
+        "with the percentile bootstrap's 95 % interval; *: it excludes 0. Participation ratios are of all images at "
+        "once: below each its own 95 % interval, and nothing is paired."
     )
     for heading in ("figure", *folders):
         table.add_column(heading, justify="left" if heading == "figure" else "right")
@@ -189,7 +209,10 @@ def compare_internals(folders: Mapping[str, Path], *, seed: int = 0) -> Optional
     for figure in (key for key in first.arrays if key != "index" and any(key in each.arrays for _, each in others)):
         reference = first.arrays[figure]
         cells = [_beside(each.arrays.get(figure), reference, seed) for _, each in others]
-        table.add_row(figure.replace("_", " "), f"{reference.mean():.4g}", *cells)
+        table.add_row(figure.replace("_", " "), f"{np.nanmean(reference):.4g}", *cells)
+    of_all = [each.results["figures"] for each in (first, *(each for _, each in others))]
+    for figure in (key for key in of_all[0] if key not in first.arrays and any(key in each for each in of_all[1:])):
+        table.add_row(figure.replace("_", " "), *(_alone(each.get(figure)) for each in of_all))
     return table
 
 
@@ -197,9 +220,16 @@ def _beside(values: Optional[np.ndarray], reference: np.ndarray, seed: int) -> s
     """Return a mean and, below it, its difference from that of the reference."""
     if values is None:
         return "-"
-    difference = paired_difference(values, reference, seed=seed)
+    both = ~np.isnan(values) & ~np.isnan(reference)
+    difference = paired_difference(values[both], reference[both], seed=seed)
     value, (low, high) = difference["value"], difference["ci95"]
-    return f"{values.mean():.4g}\n{value:+.3g} ({low:+.3g} to {high:+.3g}){'*' if difference['significant'] else ''}"
+    star = "*" if difference["significant"] else ""
+    return f"{np.nanmean(values):.4g}\n{value:+.3g} ({low:+.3g} to {high:+.3g}){star}"
+
+
+def _alone(figure: Optional[Mapping[str, Any]]) -> str:
+    """Return a figure that no image has for itself and, below it, its interval."""
+    return "-" if figure is None else "{:.4g}\n{:.4g} to {:.4g}".format(figure["value"], *figure["ci95"])
 
 
 def _read(folder: Path) -> Internals:

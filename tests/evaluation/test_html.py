@@ -382,7 +382,16 @@ def test_figures_of_the_inside_are_shown_from_the_results(render, results):
     assert "adversarial decoded psnr 17.91 17.62 to 18.2" in section.text and "first 480 test images" in section.text
     numbers = NUMBER.findall(section.text.replace("95 % interval", ""))
     assert sorted({each.strip(",.") for each in numbers} - traceable(results)) == []
-    assert "Inside the model" not in render({**results, "internals": None})
+    assert "Inside the model" not in render({**results, "internals": None}) and section.all("img", "src") == []
+
+
+def test_picture_of_the_embedding_is_in_the_page_where_the_inside_was_measured(render, results, tmp_path):
+    path = tmp_path / "embedding.png"
+    assert "<img" not in render(results, pictures={"embedding": path})  # and the file is not read
+    Image.new("RGB", (3, 2), "white").save(path)
+    results["internals"] = {"n": 8, "attack": {"steps": 20}, "seed": 0, "directions": 5, "figures": {}}
+    (source,) = Page(render(results, pictures={"embedding": path})).all("img", "src")
+    assert source == f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def test_chosen_examples_are_fooled_first_and_of_all_classes():

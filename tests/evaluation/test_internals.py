@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from kerasdefense.evaluation import ThreatModel, as_paths, internals
+from kerasdefense.evaluation import ThreatModel, as_paths, geometry, internals
 from kerasdefense.evaluation.batches import as_batches
 from kerasdefense.types import InputError
 
 EXAMPLES, SEED, THREAT = 12, 3, ThreatModel("linf", 0.1)
+OF_ALL = ("participation_ratio", "class_participation_ratio")
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +44,12 @@ def cross_entropy(logits, label):
 def test_figures_are_per_image_and_their_means_have_intervals(measured):
     np.testing.assert_array_equal(measured.arrays["index"], np.arange(EXAMPLES))
     shares = [f"{name}_rise_{share}" for share in internals.SHARES for name in ("loss", "adversarial_loss")]
-    assert set(measured.results["figures"]) == {"embedding_noise", "loss", "adversarial_loss", *shares}
-    for name, figure in measured.results["figures"].items():
-        values = measured.arrays[name]
+    of_embedding = {"embedding_noise", "intra_class_cosine", "inter_class_cosine", "nearest_other_class"}
+    per_image = {"loss", "adversarial_loss", *shares, *of_embedding}
+    assert set(measured.arrays) == {"index", *per_image}
+    assert set(measured.results["figures"]) == {*per_image, *OF_ALL}
+    for name in per_image:
+        figure, values = measured.results["figures"][name], measured.arrays[name]
         assert values.shape == (EXAMPLES,) and figure["n"] == EXAMPLES
         assert figure["value"] == pytest.approx(values.mean()) and figure["ci95"][0] < values.mean() < figure["ci95"][1]
     assert measured.results["attack"]["steps"] == internals.STEPS and measured.results["n"] == EXAMPLES
@@ -61,6 +65,24 @@ def test_attack_raises_the_loss_and_moves_the_embedding(measured, classifier, da
     clean = np.linalg.norm(tells(image), axis=1)
     assert (measured.arrays["embedding_noise"] > 0).all()
     assert (measured.arrays["embedding_noise"] * clean <= largest).all()
+
+
+def test_geometry_is_that_of_the_clean_embedding(measured, classifier, data):
+    image, label = (each[:EXAMPLES] for each in data)
+    embedding = keras.Model(classifier.input, classifier.layers[-2].output)(image).numpy()
+    np.testing.assert_allclose(measured.embeddings.clean, embedding, atol=1e-6)
+    np.testing.assert_array_equal(measured.embeddings.label, label)
+    for name, values in geometry.closeness(embedding, label).items():
+        np.testing.assert_allclose(measured.arrays[name], values, atol=1e-6)
+    for name, figure in geometry.participation(embedding, label, seed=SEED).items():
+        assert measured.results["figures"][name]["value"] == pytest.approx(figure["value"], rel=1e-4)
+    moved = np.linalg.norm(measured.embeddings.adversarial - embedding, axis=1) / np.linalg.norm(embedding, axis=1)
+    np.testing.assert_allclose(moved, measured.arrays["embedding_noise"], rtol=1e-4)
+
+
+def test_an_image_alone_in_its_class_is_left_out_of_the_mean():
+    figure = internals._interval(np.array([0.25, np.nan, 0.75]), 0)
+    assert figure["n"] == 2 and figure["value"] == 0.5
 
 
 def test_loss_rise_is_the_mean_over_directions_of_filterwise_noise(measured, classifier, data):
@@ -99,6 +121,7 @@ def test_weights_are_put_back_even_where_measuring_fails(classifier):
 def test_a_plain_function_tells_its_losses_only(classifier, data):
     found = internals.measure_internals(as_paths(lambda image: classifier(image)), as_batches(data), THREAT, examples=0)
     assert set(found.arrays) == {"index", "loss", "adversarial_loss"} and len(found.arrays["index"]) == 16
+    assert found.embeddings is None and set(found.results["figures"]) == {"loss", "adversarial_loss"}
 
 
 def write(folder, measured, results=None, **arrays):
@@ -131,6 +154,28 @@ def test_comparison_has_paired_differences_of_what_both_measured(measured, tmp_p
     assert internals.compare_internals({"one": one, "none": tmp_path / "none"}) is None
 
 
+def test_comparison_pairs_the_images_that_have_a_figure(measured, tmp_path, unchecked):
+    values = measured.arrays["intra_class_cosine"].copy()
+    values[2] = np.nan
+    one = write(tmp_path / "one", measured, intra_class_cosine=values)
+    two = write(tmp_path / "two", measured, intra_class_cosine=values - 0.125)
+    text = printed(internals.compare_internals({"first": one, "second": two}))
+    assert "-0.125 (-0.125 to -0.125)*" in text and "nan" not in text
+
+
+def test_comparison_shows_figures_of_all_images_unpaired(measured, tmp_path, unchecked):
+    figures = dict(measured.results["figures"])
+    figures["participation_ratio"] = {"value": 9.5, "n": EXAMPLES, "ci95": [8.25, 10.75]}
+    del figures["class_participation_ratio"]
+    one = write(tmp_path / "one", measured)
+    two = write(tmp_path / "two", measured, {"figures": figures})
+    assert "class participation" not in printed(internals.compare_internals({"first": one, "second": two}))
+    text = printed(internals.compare_internals({"first": one, "second": two, "third": one}))
+    low, high = measured.results["figures"]["participation_ratio"]["ci95"]
+    assert f"{low:.4g} to {high:.4g} │ 8.25 to 10.75 │" in text and "9.5 │" in text
+    assert text.split("class participation ratio")[1].splitlines()[0].split("│")[2].strip() == "-"
+
+
 @pytest.mark.parametrize("change", [{"seed": 9}, {"attack": {"steps": 1}}])
 def test_comparison_refuses_other_attacks_and_images(measured, tmp_path, unchecked, change):
     one = write(tmp_path / "one", measured)
@@ -145,5 +190,5 @@ def test_comparison_refuses_other_attacks_and_images(measured, tmp_path, uncheck
 def test_table_has_a_row_per_figure(measured):
     results = {"internals": measured.results, "threat_model": THREAT._asdict()}
     text = printed(internals.internals_table(results))
-    assert "embedding noise" in text and "PGD-20" in text
+    assert "embedding noise" in text and "class participation ratio" in text and "PGD-20" in text
     assert internals.internals_table({"internals": None}) is None

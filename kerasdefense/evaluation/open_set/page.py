@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
+
+from kerasdefense.evaluation.examples import data_uri
 
 _COLUMNS = {
     "auroc": "AUROC",
@@ -52,7 +53,6 @@ def unknown_images(found: Optional[Mapping[str, Any]], pictures: Mapping[str, Pa
     if not found:
         return None
     attack = found["attack"]
-    embedded = {name: base64.b64encode(path.read_bytes()).decode() for name, path in pictures.items()}
     return {
         **found,
         "fit_on": _FIT_ON[found["fit_on"]],
@@ -61,9 +61,9 @@ def unknown_images(found: Optional[Mapping[str, Any]], pictures: Mapping[str, Pa
         "attacks": _in_words(attack["attacks"]) if attack else "",
         "joint_attacks": _in_words(attack["joint_attacks"]) if attack else "",
         "pictures": [
-            {"heading": heading, "alt": alt, "source": f"data:image/png;base64,{embedded[name]}"}
+            {"heading": heading, "alt": alt, "source": data_uri(pictures[name].read_bytes())}
             for name, (heading, alt) in _described(attacked=bool(attack)).items()
-            if name in embedded
+            if name in pictures
         ],
     }
 
