@@ -13,9 +13,9 @@ import tensorflow as tf
 from sklearn.datasets import load_digits
 
 from kerasdefense import assess, config, data, evaluation, export, run
-from kerasdefense.evaluation import internals
 from kerasdefense.evaluation.digests import of_file
-from kerasdefense.types import InputError
+from kerasdefense.evaluation.figures import ARRAYS
+from kerasdefense.types import InputError, UsageError
 
 QUICK = ["--mode=evaluate", "--evaluate_suite=quick", "--evaluate_sanity_examples=16", "--noprogress"]
 QUICK += ["--evaluate_examples=24", "--attack_epsilon=0.1"]
@@ -64,9 +64,16 @@ def test_foreign_model_is_evaluated_into_its_directory(evaluated, foreign):
     assert 0 <= results["robust_accuracy"]["value"] < results["clean_accuracy"]["value"]
     entry = json.loads((evaluated / assess.ENTRY).read_text())
     assert entry["measured"]["n"] == 24 and "autoattack_acc" not in entry
-    with np.load(evaluated / internals.ARRAYS) as inside:
+    with np.load(evaluated / ARRAYS.format("internals")) as inside:
         assert len(inside["index"]) == results["internals"]["n"] == 8
         assert results["internals"]["figures"]["loss"]["value"] == pytest.approx(inside["loss"].mean())
+
+
+@pytest.mark.parametrize("flag", ["internals"])
+def test_figures_of_images_are_refused_for_a_model_that_draws_at_random(flag):
+    model = evaluation.Loaded({}, is_randomised=True)
+    with pytest.raises(UsageError, match=f"--evaluate_{flag} needs a model that draws nothing at random"):
+        assess.assess(config.Run(evaluate=config.Evaluate(**{flag: 4})), None, model)
 
 
 def test_evaluation_is_verified_in_a_process_without_its_state(evaluated, capsys):

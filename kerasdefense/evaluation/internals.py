@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -18,15 +18,12 @@ from kerasdefense import losses
 from kerasdefense.attacks import PGD, norms
 from kerasdefense.defenses.batch import Batch
 from kerasdefense.evaluation.batches import first_images
-from kerasdefense.evaluation.compare import paired_difference
+from kerasdefense.evaluation.figures import Figures, compare_figures
 from kerasdefense.evaluation.models import Loaded
-from kerasdefense.evaluation.recorded import read_results
 from kerasdefense.evaluation.report import accuracy_interval, mean_interval, radius
 from kerasdefense.evaluation.search import Chunk, ExactPath, compiled, mover
 from kerasdefense.evaluation.suites import ThreatModel
-from kerasdefense.types import InputError
 
-ARRAYS = "evaluation/internals.npz"
 STEPS = 20
 """Steps of the attack."""
 SHARES = (0.1, 0.2, 0.3)
@@ -36,16 +33,9 @@ DRAWS = 5
 _BATCH = 256
 
 
-class Internals(NamedTuple):
-    """What was measured: the block of results.json, and arrays by name: `index`, and each figure per image."""
-
-    results: dict[str, Any]
-    arrays: dict[str, np.ndarray]
-
-
 def measure_internals(
     model: Loaded, batches: tf.data.Dataset, threat_model: ThreatModel, *, examples: int, seed: int = 0
-) -> Internals:
+) -> Figures:
     """Measure a model's inside on the first images of a dataset.
 
     1. Attack the images by PGD-20 on the exact path.
@@ -82,7 +72,7 @@ def measure_internals(
         "directions": DRAWS,
         "figures": {name: _interval(values, seed) for name, values in figures.items()},
     }
-    return Internals(results, {"index": chunk.index, **figures})
+    return Figures(results, {"index": chunk.index, **figures})
 
 
 def _interval(values: np.ndarray, seed: int) -> dict[str, Any]:
@@ -163,48 +153,5 @@ def internals_table(results: Mapping[str, Any]) -> Optional[Table]:
 
 
 def compare_internals(folders: Mapping[str, Path], *, seed: int = 0) -> Optional[Table]:
-    """Return a table of what runs measured alike of their inside, with paired differences from the first run.
-
-    Args:
-        folders: run directories by what they are called; None is returned unless all of them hold such figures.
-        seed: seed of the bootstrap.
-
-    Raises:
-        InputError: runs that were not attacked alike, or not on the same images.
-    """
-    if not all((folder / ARRAYS).is_file() for folder in folders.values()):
-        return None
-    (name_of_first, first), *others = [(name, _read(folder)) for name, folder in folders.items()]
-    table = Table(title="inside the models", title_justify="left", caption_justify="left")
-    table.caption = (
-        f"n = {first.results['n']}. Means; below them the difference from the first run, paired on the same images, "
-        "with the percentile bootstrap's 95 % interval; *: it excludes 0."
-    )
-    for heading in ("figure", *folders):
-        table.add_column(heading, justify="left" if heading == "figure" else "right")
-    for name, each in others:
-        alike = each.results["attack"] == first.results["attack"] and each.results["seed"] == first.results["seed"]
-        if not alike or not np.array_equal(each.arrays["index"], first.arrays["index"]):
-            raise InputError(f"{name_of_first} and {name} do not compare inside: other images or another attack")
-    for figure in (key for key in first.arrays if key != "index" and any(key in each.arrays for _, each in others)):
-        reference = first.arrays[figure]
-        cells = [_beside(each.arrays.get(figure), reference, seed) for _, each in others]
-        table.add_row(figure.replace("_", " "), f"{reference.mean():.4g}", *cells)
-    return table
-
-
-def _beside(values: Optional[np.ndarray], reference: np.ndarray, seed: int) -> str:
-    """Return a mean and, below it, its difference from that of the reference."""
-    if values is None:
-        return "-"
-    difference = paired_difference(values, reference, seed=seed)
-    value, (low, high) = difference["value"], difference["ci95"]
-    return f"{values.mean():.4g}\n{value:+.3g} ({low:+.3g} to {high:+.3g}){'*' if difference['significant'] else ''}"
-
-
-def _read(folder: Path) -> Internals:
-    results = read_results(folder).get("internals")
-    if not results:
-        raise InputError(f"{folder / ARRAYS} is of another evaluation than results.json; evaluate again")
-    with np.load(folder / ARRAYS) as stored:
-        return Internals(results, dict(stored))
+    """Return a table of what runs measured alike of their inside, as `compare_figures` does."""
+    return compare_figures(folders, "internals", alike=("attack", "seed"), title="inside the models", seed=seed)
