@@ -18,7 +18,7 @@ import tensorflow as tf
 from kerasdefense import config, data, evaluation, export, recognition
 from kerasdefense.attacks import norms
 from kerasdefense.data import Split, Splits
-from kerasdefense.evaluation import Loaded, Options, ThreatModel, internals
+from kerasdefense.evaluation import Loaded, Options, ThreatModel, internals, nonadaptive
 from kerasdefense.evaluation.digests import of_file
 from kerasdefense.evaluation.figures import ARRAYS
 from kerasdefense.evaluation.html import choose_examples, write_report
@@ -34,7 +34,7 @@ RESULTS, REPORT, ENTRY, STATE = (
     f"{FOLDER}/{name}" for name in ("results.json", "report.html", "robustbench.json", "state")
 )
 ADVERSARIAL = recognition.ADVERSARIAL
-_FIGURES = {"internals": internals.measure_internals}
+_FIGURES = {"internals": internals.measure_internals, "nonadaptive": nonadaptive.measure_nonadaptive}
 """What is measured image by image beside the attacks, by block of results.json and flag of --evaluate_."""
 
 

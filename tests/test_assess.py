@@ -46,8 +46,8 @@ def foreign(tmp_path_factory):
 @pytest.fixture(scope="module")
 def evaluated(foreign, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "mine"
-    inside = "--evaluate_internals=8"
-    assert run.main([*QUICK, inside, f"--evaluate_model={foreign}", f"--run_dir={run_dir}"]) == 0
+    figures = ["--evaluate_internals=8", "--evaluate_nonadaptive=3"]
+    assert run.main([*QUICK, *figures, f"--evaluate_model={foreign}", f"--run_dir={run_dir}"]) == 0
     return run_dir
 
 
@@ -57,7 +57,8 @@ def results_of(run_dir):
 
 def test_foreign_model_is_evaluated_into_its_directory(evaluated, foreign):
     names = {path.name for path in (evaluated / assess.FOLDER).iterdir()}
-    assert names == {"results.json", "adversarial.npz", "internals.npz", "report.html", "robustbench.json"}
+    arrays = {"adversarial.npz", "internals.npz", "nonadaptive.npz"}
+    assert names == {"results.json", "report.html", "robustbench.json", *arrays}
     results = results_of(evaluated)
     assert results["attack_budget"] is None and results["model"]["name"] == "mine"
     assert results["model"]["digest"] == of_file(foreign)
@@ -67,9 +68,12 @@ def test_foreign_model_is_evaluated_into_its_directory(evaluated, foreign):
     with np.load(evaluated / ARRAYS.format("internals")) as inside:
         assert len(inside["index"]) == results["internals"]["n"] == 8
         assert results["internals"]["figures"]["loss"]["value"] == pytest.approx(inside["loss"].mean())
+    with np.load(evaluated / ARRAYS.format("nonadaptive")) as average:
+        assert len(average["index"]) == results["nonadaptive"]["n"] == 3
+        assert results["nonadaptive"]["mean"]["value"] == pytest.approx(average["mean"].mean())
 
 
-@pytest.mark.parametrize("flag", ["internals"])
+@pytest.mark.parametrize("flag", ["internals", "nonadaptive"])
 def test_figures_of_images_are_refused_for_a_model_that_draws_at_random(flag):
     model = evaluation.Loaded({}, is_randomised=True)
     with pytest.raises(UsageError, match=f"--evaluate_{flag} needs a model that draws nothing at random"):
