@@ -18,8 +18,9 @@ import tensorflow as tf
 from kerasdefense import config, data, evaluation, export, recognition
 from kerasdefense.attacks import norms
 from kerasdefense.data import Split, Splits
-from kerasdefense.evaluation import Loaded, Options, ThreatModel, internals
+from kerasdefense.evaluation import Loaded, Options, ThreatModel, internals, nonadaptive
 from kerasdefense.evaluation.digests import of_file
+from kerasdefense.evaluation.figures import ARRAYS, PICTURE
 from kerasdefense.evaluation.html import choose_examples, write_report
 from kerasdefense.evaluation.plane import write_plane
 from kerasdefense.evaluation.report import note
@@ -34,6 +35,8 @@ RESULTS, REPORT, ENTRY, STATE = (
     f"{FOLDER}/{name}" for name in ("results.json", "report.html", "robustbench.json", "state")
 )
 ADVERSARIAL = recognition.ADVERSARIAL
+_FIGURES = {"internals": internals.measure_internals, "nonadaptive": nonadaptive.measure_nonadaptive}
+"""What is measured image by image beside the attacks, by block of results.json and flag of --evaluate_."""
 
 
 def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
@@ -42,8 +45,9 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
     own = model.threat_model or ThreatModel(run.attack.norm, run.attack.epsilon)
     if wanted.norm and wanted.norm != own.norm and not wanted.epsilon:
         raise UsageError(f"--evaluate_norm={wanted.norm} needs --evaluate_epsilon: the model was made for {own.norm}")
-    if wanted.internals and model.is_randomised:
-        raise UsageError("--evaluate_internals needs a model that draws nothing at random")
+    for block in _FIGURES:
+        if getattr(wanted, block) and model.is_randomised:
+            raise UsageError(f"--evaluate_{block} needs a model that draws nothing at random")
     threat_model = ThreatModel(wanted.norm or own.norm, wanted.epsilon or own.epsilon)
     journal = run_dir / STATE
     if wanted.resume == "never":
@@ -72,13 +76,12 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
         save=run_dir / ADVERSARIAL,
     )
     folder = journal / "open_set" if results["complete"] else None
-    inside = 0 if results["flags"]["randomised"] else wanted.internals
     open_set = recognition.measure(run, splits, model, threat_model, fitted, folder)
     results = {
         "schema_version": 2,
         **results,
         "open_set": open_set,
-        "internals": _internals(run, splits, model, threat_model, inside),
+        **_figures(run, splits, model, threat_model, is_randomised=results["flags"]["randomised"]),
         "attack_budget": model.attack_budget,
         "suite": wanted.suite,
         "note": note(results, wanted.suite),
@@ -94,22 +97,29 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
     return results
 
 
-def _internals(
-    run: config.Run, splits: Splits, model: Loaded, threat_model: ThreatModel, examples: int
-) -> Optional[dict[str, Any]]:
-    """Measure the model's inside on so many images, keep the figures of each and a picture, and return those of all."""
-    path, picture = (Path(run.run_dir) / each for each in (internals.ARRAYS, internals.PICTURE))
-    for each in (path, picture):
-        each.unlink(missing_ok=True)
-    if not examples:
-        return None
-    batches = splits.test.batches(run.evaluate.chunk_size)
-    found = internals.measure_internals(model, batches, threat_model, examples=examples, seed=run.evaluate.seed)
-    with replacing(path) as temporary:
-        np.savez_compressed(temporary, **found.arrays)
-    if found.embeddings is not None:
-        write_plane(picture, found.embeddings, splits.labels, attack=f"PGD-{internals.STEPS}")
-    return found.results
+def _figures(
+    run: config.Run, splits: Splits, model: Loaded, threat_model: ThreatModel, *, is_randomised: bool
+) -> dict[str, Optional[dict[str, Any]]]:
+    """Measure the blocks of _FIGURES that flags ask for, keep the figures of each image and return those of all.
+
+    Where embeddings come with them, they are drawn.
+    """
+    blocks: dict[str, Optional[dict[str, Any]]] = {}
+    picture = Path(run.run_dir) / PICTURE
+    picture.unlink(missing_ok=True)
+    for block, measure in _FIGURES.items():
+        path, examples = Path(run.run_dir) / ARRAYS.format(block), getattr(run.evaluate, block)
+        path.unlink(missing_ok=True)
+        blocks[block] = None
+        if examples and not is_randomised:
+            batches = splits.test.batches(run.evaluate.chunk_size)
+            found = measure(model, batches, threat_model, examples=examples, seed=run.evaluate.seed)
+            with replacing(path) as temporary:
+                np.savez_compressed(temporary, **found.arrays)
+            blocks[block] = found.results
+            if found.embeddings is not None:
+                write_plane(picture, found.embeddings, splits.labels, attack=f"PGD-{internals.STEPS}")
+    return blocks
 
 
 def _config(run: config.Run) -> dict[str, Any]:
@@ -155,8 +165,8 @@ def _write(run_dir: Path, results: Mapping[str, Any], splits: Splits, model: Loa
         splits.labels,
     )
     pictures = {name: run_dir / recognition.PICTURES.format(name) for name in ("scores", "roc")}
-    if (run_dir / internals.PICTURE).is_file():
-        pictures["embedding"] = run_dir / internals.PICTURE
+    if (run_dir / PICTURE).is_file():
+        pictures["embedding"] = run_dir / PICTURE
     write_report(
         run_dir / REPORT,
         results,

@@ -244,6 +244,12 @@ class Evaluate:
         "features, how flat its loss is, how compact its embedding, what its method claims; 0 = none",
         low=0,
     )
+    nonadaptive: int = _field(
+        0,
+        "test images, from the first on, on which to measure the mean accuracy over FGSM, BIM, PGD-40, CW and DeepFool "
+        "at common defaults, which know nothing of the defense and so are no measure of robustness; 0 = none",
+        low=0,
+    )
     unseen: bool = _field(False, "also measure on corrupted images and after StAdv, which are outside every ball")
     card: bool = _field(False, "write the figures to the card of the published folder that --evaluate_model names")
 

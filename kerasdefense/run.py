@@ -21,7 +21,7 @@ from kerasdefense import assess, config, data, evaluation, export, flags, recogn
 from kerasdefense.assess import ADVERSARIAL, RESULTS
 from kerasdefense.data import Splits
 from kerasdefense.defenses import DEFENSES, Defense
-from kerasdefense.evaluation import internals, open_set
+from kerasdefense.evaluation import internals, nonadaptive, open_set
 from kerasdefense.evaluation.digests import of_file
 from kerasdefense.files import write_text
 from kerasdefense.training import MODEL
@@ -79,7 +79,8 @@ def evaluate(run: config.Run, splits: Splits, console: Console) -> dict[str, Any
         model = evaluation.load_model(Path(run.run_dir) / MODEL)._replace(name=run.defense.name)
     results = assess.assess(run, splits, model)
     console.print(evaluation.table(results, f"{model.name} on {splits.name}"))
-    for each in filter(None, (*open_set.open_set_tables(results), internals.internals_table(results))):
+    tables = (internals.internals_table(results), nonadaptive.nonadaptive_table(results))
+    for each in filter(None, (*open_set.open_set_tables(results), *tables)):
         console.print(each)
     for line in (*evaluation.sanity_lines(results), *evaluation.unseen_lines(results)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -130,11 +131,11 @@ def compare(run: config.Run, console: Console) -> None:
     for name, text in (("md", evaluation.to_markdown(compared)), ("csv", evaluation.to_csv(compared))):
         write_text(Path(run.run_dir) / f"comparison.{name}", text)
         console.print(Path(run.run_dir) / f"comparison.{name}", highlight=False, soft_wrap=True)
-    inside = internals.compare_internals(
-        {row.run.name: row.run.folder for row in compared.rows}, seed=run.evaluate.seed
-    )
-    if inside is not None:
-        console.print(inside)
+    folders = {row.run.name: row.run.folder for row in compared.rows}
+    for compare_figures in (internals.compare_internals, nonadaptive.compare_nonadaptive):
+        figures = compare_figures(folders, seed=run.evaluate.seed)
+        if figures is not None:
+            console.print(figures)
 
 
 def sum_up(run: config.Run, console: Console) -> None:

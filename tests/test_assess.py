@@ -15,9 +15,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from kerasdefense import assess, config, data, evaluation, export, run
-from kerasdefense.evaluation import geometry, internals
+from kerasdefense.evaluation import geometry
 from kerasdefense.evaluation.digests import of_file
-from kerasdefense.types import InputError
+from kerasdefense.evaluation.figures import ARRAYS, PICTURE, Figures
+from kerasdefense.types import InputError, UsageError
 
 QUICK = ["--mode=evaluate", "--evaluate_suite=quick", "--evaluate_sanity_examples=16", "--noprogress"]
 QUICK += ["--evaluate_examples=24", "--attack_epsilon=0.1"]
@@ -48,8 +49,8 @@ def foreign(tmp_path_factory):
 @pytest.fixture(scope="module")
 def evaluated(foreign, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "mine"
-    inside = "--evaluate_internals=8"
-    assert run.main([*QUICK, inside, f"--evaluate_model={foreign}", f"--run_dir={run_dir}"]) == 0
+    figures = ["--evaluate_internals=8", "--evaluate_nonadaptive=3"]
+    assert run.main([*QUICK, *figures, f"--evaluate_model={foreign}", f"--run_dir={run_dir}"]) == 0
     return run_dir
 
 
@@ -59,30 +60,46 @@ def results_of(run_dir):
 
 def test_foreign_model_is_evaluated_into_its_directory(evaluated, foreign):
     names = {path.name for path in (evaluated / assess.FOLDER).iterdir()}
-    assert names == {"results.json", "adversarial.npz", "internals.npz", "report.html", "robustbench.json"}
+    arrays = {"adversarial.npz", "internals.npz", "nonadaptive.npz"}
+    assert names == {"results.json", "report.html", "robustbench.json", *arrays}
     results = results_of(evaluated)
     assert results["attack_budget"] is None and results["model"]["name"] == "mine"
     assert results["model"]["digest"] == of_file(foreign)
     assert 0 <= results["robust_accuracy"]["value"] < results["clean_accuracy"]["value"]
     entry = json.loads((evaluated / assess.ENTRY).read_text())
     assert entry["measured"]["n"] == 24 and "autoattack_acc" not in entry
-    with np.load(evaluated / internals.ARRAYS) as inside:
+    with np.load(evaluated / ARRAYS.format("internals")) as inside:
         assert len(inside["index"]) == results["internals"]["n"] == 8
         assert results["internals"]["figures"]["loss"]["value"] == pytest.approx(inside["loss"].mean())
+    with np.load(evaluated / ARRAYS.format("nonadaptive")) as average:
+        assert len(average["index"]) == results["nonadaptive"]["n"] == 3
+        assert results["nonadaptive"]["mean"]["value"] == pytest.approx(average["mean"].mean())
+
+
+@pytest.mark.parametrize("flag", ["internals", "nonadaptive"])
+def test_figures_of_images_are_refused_for_a_model_that_draws_at_random(flag):
+    model = evaluation.Loaded({}, is_randomised=True)
+    with pytest.raises(UsageError, match=f"--evaluate_{flag} needs a model that draws nothing at random"):
+        assess.assess(config.Run(evaluate=config.Evaluate(**{flag: 4})), None, model)
 
 
 def test_picture_of_the_embedding_comes_and_goes_with_the_measurement(tmp_path, monkeypatch):
     embedding, label = np.random.default_rng(0).standard_normal((6, 3)), np.arange(6) % 2
     embeddings = geometry.Embeddings(embedding, embedding + 1, label)
-    found = internals.Internals({"n": 6}, {"index": np.arange(6)}, embeddings)
-    monkeypatch.setattr(internals, "measure_internals", lambda *args, **kwargs: found)
+    found = Figures({"n": 6}, {"index": np.arange(6)}, embeddings)
+    monkeypatch.setitem(assess._FIGURES, "internals", lambda *args, **kwargs: found)
     splits = SimpleNamespace(labels=("even", "odd"), test=SimpleNamespace(batches=lambda size: None))
-    given = config.Run(run_dir=str(tmp_path)), splits, None, evaluation.ThreatModel("linf", 0.1)
-    kept = [tmp_path / internals.ARRAYS, tmp_path / internals.PICTURE]
-    assert assess._internals(*given, 6)["n"] == 6 and all(path.is_file() for path in kept)
+    kept = [tmp_path / ARRAYS.format("internals"), tmp_path / PICTURE]
+
+    def measured(examples):
+        given = config.Run(run_dir=str(tmp_path), evaluate=config.Evaluate(internals=examples))
+        threat_model = evaluation.ThreatModel("linf", 0.1)
+        return assess._figures(given, splits, None, threat_model, is_randomised=False)["internals"]
+
+    assert measured(6)["n"] == 6 and all(path.is_file() for path in kept)
     with Image.open(kept[1]) as picture:
         assert picture.format == "PNG" and np.unique(picture.convert("L")).size > 10
-    assert assess._internals(*given, 0) is None and not any(path.exists() for path in kept)
+    assert measured(0) is None and not any(path.exists() for path in kept)
 
 
 def test_evaluation_is_verified_in_a_process_without_its_state(evaluated, capsys):

@@ -6,6 +6,7 @@ from kerasdefense import config
 from kerasdefense.attacks import norms, seeds
 from kerasdefense.attacks.apgd import APGD
 from kerasdefense.attacks.base import Attack, AttackResult
+from kerasdefense.attacks.carlini_wagner import CarliniWagner
 from kerasdefense.attacks.cleverhans import (
     CleverHansCWL2,
     CleverHansFGM,
@@ -43,6 +44,7 @@ ATTACKS: dict[str, type[Attack]] = {
     "cleverhans_mim": CleverHansMIM,
     "cleverhans_pgd": CleverHansPGD,
     "cleverhans_spsa": CleverHansSPSA,
+    "cw_l2": CarliniWagner,
     "deepfool": DeepFool,
     "fab": FAB,
     "fgsm": FGSM,
@@ -93,6 +95,7 @@ __all__ = [
     "TIDIM",
     "Attack",
     "AttackResult",
+    "CarliniWagner",
     "DeepFool",
     "Iterative",
     "JointPGD",

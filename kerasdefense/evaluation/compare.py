@@ -172,7 +172,7 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         figures, budget = row.figures, row.run.attack_budget
         cells = [row.run.name, "?" if budget is None else f"{budget:,}", f"{len(row.run.index):,}"]
         cells += [_percent(figures[name]) for name in columns.values()]
-        cells += [_points(figures[name]) if name in figures else "-" for name in _DIFFERENCES.values()]
+        cells += [points(figures[name]) if name in figures else "-" for name in _DIFFERENCES.values()]
         cells.append(f"{figures['clean_difference']['n']:,}" if "clean_difference" in figures else "-")
         lines.append(cells)
     return headings, lines
@@ -183,7 +183,8 @@ def _percent(figure: Mapping[str, Any]) -> str:
     return f"{value} % ({low} to {high})"
 
 
-def _points(figure: Mapping[str, Any]) -> str:
+def points(figure: Mapping[str, Any]) -> str:
+    """Return a difference of shares, as `paired_difference` returns it, in percentage points with its interval."""
     value, low, high = (f"{round(100 * each, 1) + 0.0:+.1f}" for each in (figure["value"], *figure["ci95"]))
     return f"{value} ({low} to {high}){'*' if figure['significant'] else ''}"
 

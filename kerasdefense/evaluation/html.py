@@ -34,6 +34,7 @@ _OPTIONAL: Mapping[str, Any] = {
     "randomised": None,
     "open_set": None,
     "internals": None,
+    "nonadaptive": None,
     "flags": {},
     "indices_sha256": "",
     "adversarial_sha256": "",

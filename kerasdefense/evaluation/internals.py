@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -19,16 +19,13 @@ from kerasdefense import losses
 from kerasdefense.attacks import PGD, norms
 from kerasdefense.defenses.batch import Batch
 from kerasdefense.evaluation.batches import first_images
-from kerasdefense.evaluation.compare import paired_difference
+from kerasdefense.evaluation.figures import Figures, compare_figures
 from kerasdefense.evaluation.geometry import Embeddings, closeness, participation
 from kerasdefense.evaluation.models import Loaded
-from kerasdefense.evaluation.recorded import read_results
 from kerasdefense.evaluation.report import accuracy_interval, mean_interval, radius
 from kerasdefense.evaluation.search import Chunk, ExactPath, compiled, mover
 from kerasdefense.evaluation.suites import ThreatModel
-from kerasdefense.types import InputError
 
-ARRAYS, PICTURE = "evaluation/internals.npz", "evaluation/embedding.png"
 STEPS = 20
 """Steps of the attack."""
 SHARES = (0.1, 0.2, 0.3)
@@ -38,20 +35,9 @@ DRAWS = 5
 _BATCH = 256
 
 
-class Internals(NamedTuple):
-    """What was measured: the block of results.json, arrays by name (`index`, and each figure per image), embeddings.
-
-    A figure is NaN at an image for which it has no meaning, and then not counted in its mean.
-    """
-
-    results: dict[str, Any]
-    arrays: dict[str, np.ndarray]
-    embeddings: Optional[Embeddings] = None
-
-
 def measure_internals(
     model: Loaded, batches: tf.data.Dataset, threat_model: ThreatModel, *, examples: int, seed: int = 0
-) -> Internals:
+) -> Figures:
     """Measure a model's inside on the first images of a dataset.
 
     1. Attack the images by PGD-20 on the exact path.
@@ -95,7 +81,7 @@ def measure_internals(
         "directions": DRAWS,
         "figures": {**{name: _interval(values, seed) for name, values in figures.items()}, **of_all},
     }
-    return Internals(results, {"index": chunk.index, **figures}, embeddings)
+    return Figures(results, {"index": chunk.index, **figures}, embeddings)
 
 
 def _interval(values: np.ndarray, seed: int) -> dict[str, Any]:
@@ -182,59 +168,5 @@ def internals_table(results: Mapping[str, Any]) -> Optional[Table]:
 
 
 def compare_internals(folders: Mapping[str, Path], *, seed: int = 0) -> Optional[Table]:
-    """Return a table of what runs measured alike of their inside, with paired differences from the first run.
-
-    Args:
-        folders: run directories by what they are called; None is returned unless all of them hold such figures.
-        seed: seed of the bootstrap.
-
-    Raises:
-        InputError: runs that were not attacked alike, or not on the same images.
-    """
-    if not all((folder / ARRAYS).is_file() for folder in folders.values()):
-        return None
-    (name_of_first, first), *others = [(name, _read(folder)) for name, folder in folders.items()]
-    table = Table(title="inside the models", title_justify="left", caption_justify="left")
-    table.caption = (
-        f"n = {first.results['n']}. Means; below them the difference from the first run, paired on the same images, "
-        "with the percentile bootstrap's 95 % interval; *: it excludes 0. Participation ratios are of all images at "
-        "once: below each its own 95 % interval, and nothing is paired."
-    )
-    for heading in ("figure", *folders):
-        table.add_column(heading, justify="left" if heading == "figure" else "right")
-    for name, each in others:
-        alike = each.results["attack"] == first.results["attack"] and each.results["seed"] == first.results["seed"]
-        if not alike or not np.array_equal(each.arrays["index"], first.arrays["index"]):
-            raise InputError(f"{name_of_first} and {name} do not compare inside: other images or another attack")
-    for figure in (key for key in first.arrays if key != "index" and any(key in each.arrays for _, each in others)):
-        reference = first.arrays[figure]
-        cells = [_beside(each.arrays.get(figure), reference, seed) for _, each in others]
-        table.add_row(figure.replace("_", " "), f"{np.nanmean(reference):.4g}", *cells)
-    of_all = [each.results["figures"] for each in (first, *(each for _, each in others))]
-    for figure in (key for key in of_all[0] if key not in first.arrays and any(key in each for each in of_all[1:])):
-        table.add_row(figure.replace("_", " "), *(_alone(each.get(figure)) for each in of_all))
-    return table
-
-
-def _beside(values: Optional[np.ndarray], reference: np.ndarray, seed: int) -> str:
-    """Return a mean and, below it, its difference from that of the reference."""
-    if values is None:
-        return "-"
-    both = ~np.isnan(values) & ~np.isnan(reference)
-    difference = paired_difference(values[both], reference[both], seed=seed)
-    value, (low, high) = difference["value"], difference["ci95"]
-    star = "*" if difference["significant"] else ""
-    return f"{np.nanmean(values):.4g}\n{value:+.3g} ({low:+.3g} to {high:+.3g}){star}"
-
-
-def _alone(figure: Optional[Mapping[str, Any]]) -> str:
-    """Return a figure that no image has for itself and, below it, its interval."""
-    return "-" if figure is None else "{:.4g}\n{:.4g} to {:.4g}".format(figure["value"], *figure["ci95"])
-
-
-def _read(folder: Path) -> Internals:
-    results = read_results(folder).get("internals")
-    if not results:
-        raise InputError(f"{folder / ARRAYS} is of another evaluation than results.json; evaluate again")
-    with np.load(folder / ARRAYS) as stored:
-        return Internals(results, dict(stored))
+    """Return a table of what runs measured alike of their inside, as `compare_figures` does."""
+    return compare_figures(folders, "internals", alike=("attack", "seed"), title="inside the models", seed=seed)

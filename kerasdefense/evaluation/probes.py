@@ -46,7 +46,8 @@ class Subject:
 
     def search(self, planned: PlannedAttack, *, path: str = "exact", stream: int = 0) -> Search:
         """Return an attack on one of the paths."""
-        settings = {"seed": self.options.seed, "chunk_size": self.options.chunk_size, "stream": STREAM + stream}
+        options = self.options
+        settings: dict[str, Any] = {"seed": options.seed, "chunk_size": options.chunk_size, "stream": STREAM + stream}
         return Search(planned, path, self.attack_paths[path], **settings)
 
     def attacked(self, plan: Sequence[PlannedAttack], *, path: str = "exact", cascade: bool = False) -> Block:

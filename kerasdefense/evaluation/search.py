@@ -161,7 +161,7 @@ class Search:
         self.slots = max(1, chunk_size // planned.draws)
         self.is_iterative = isinstance(planned.attack, Iterative)
         self._path = path
-        self._features = features
+        self._features: Any = features
         self._stream = stream
         self._seed = seed
         self._functions: dict[str, Callable[..., Any]] = {}
@@ -173,7 +173,7 @@ class Search:
             self._logits = lambda image: path(image, self._path_seed)
 
     def _check_objective(self) -> None:
-        known = (*LABEL_ONLY, LOGITS) if self._features is None else (*LABEL_ONLY, LOGITS, FEATURES)
+        known: tuple[str, ...] = (*LABEL_ONLY, LOGITS) if self._features is None else (*LABEL_ONLY, LOGITS, FEATURES)
         if self.attack.targets:
             known += ("targeted_cross_entropy", "targeted_dlr", SIGNED)
         if self.planned.objective not in known:

@@ -148,7 +148,7 @@ class RobustValidation(keras.callbacks.Callback):
             return
         loaded = as_paths(self.model, outputs=self.outputs)
         _check_images(loaded, self._batches)
-        settings = {"seed": self.seed, "chunk_size": _CHUNK}
+        settings: dict[str, Any] = {"seed": self.seed, "chunk_size": _CHUNK}
         draws = FRESH_DRAWS if loaded.is_randomised else 1
         self._exact = ExactPath(loaded.attack_paths["exact"], draws=draws, **settings)
         classes = self._exact.check(self._chunk)

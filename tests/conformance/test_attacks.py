@@ -37,6 +37,7 @@ CASES = {
     "cleverhans_mim": Case(settings={"steps": 3}),
     "cleverhans_pgd": Case(settings={"steps": 3}),
     "cleverhans_spsa": Case(("linf",), {"steps": 24}),
+    "cw_l2": Case(("l2",), {"steps": 8, "searches": 2, "constant": 30.0, "learning_rate": 0.1}, objective="margin"),
     "deepfool": Case(settings={"steps": 5}, objective="margin"),
     "fab": Case(settings={"steps": 5}, objective="distance"),
     "fgsm": Case(),

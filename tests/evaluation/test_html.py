@@ -394,6 +394,23 @@ def test_picture_of_the_embedding_is_in_the_page_where_the_inside_was_measured(r
     assert source == f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
+def test_mean_over_attacks_is_shown_beside_the_words_that_it_is_no_robustness(render, results):
+    names = ("fgsm", "bim", "pgd40", "cw_l2", "deepfool")
+    entries = [{"name": name, "accuracy": wilson(3 * place, 13)} for place, name in enumerate(names)]
+    entries[3]["median_l2"], entries[4]["median_l2"] = None, 0.517
+    mean = {"value": 0.4642, "n": 13, "ci95": [0.3077, 0.6154]}
+    results["nonadaptive"] = {"n": 13, "seed": 0, "clean_accuracy": wilson(12, 13), "attacks": entries, "mean": mean}
+    results["nonadaptive"]["settings"] = {name: {} for name in names}
+    check_results(results)
+    source = render(results)
+    section = Page(re.search(r'<section aria-labelledby="nonadaptive".*?</section>', source, re.DOTALL).group())
+    assert "know nothing of the defence; robust accuracy is the worst case" in section.text
+    assert section.text.count("none fooled") == 1 and section.text.endswith("mean over attacks 46.4 % 30.8 to 61.5 %")
+    numbers = NUMBER.findall(section.text.replace("95 % interval", ""))
+    assert sorted({each.strip(",.") for each in numbers} - traceable(results)) == []
+    assert "non-adaptive" not in render({**results, "nonadaptive": None})
+
+
 def test_chosen_examples_are_fooled_first_and_of_all_classes():
     image, image_adv, label, before, after, labels = candidates((4, 4, 1))
     chosen = choose_examples(image, image_adv, label, before, after, labels)

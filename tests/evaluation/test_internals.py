@@ -11,6 +11,7 @@ from rich.console import Console
 
 from kerasdefense.evaluation import ThreatModel, as_paths, geometry, internals
 from kerasdefense.evaluation.batches import as_batches
+from kerasdefense.evaluation.figures import ARRAYS
 from kerasdefense.types import InputError
 
 EXAMPLES, SEED, THREAT = 12, 3, ThreatModel("linf", 0.1)
@@ -127,7 +128,7 @@ def test_a_plain_function_tells_its_losses_only(classifier, data):
 def write(folder, measured, results=None, **arrays):
     """Write what an evaluation leaves of the inside, and as little else as results.json may hold."""
     (folder / "evaluation").mkdir(parents=True)
-    np.savez(folder / internals.ARRAYS, **{**measured.arrays, **arrays})
+    np.savez(folder / ARRAYS.format("internals"), **{**measured.arrays, **arrays})
     content = {"internals": {**measured.results, **(results or {})}}
     (folder / "evaluation/results.json").write_text(json.dumps(content))
     return folder
@@ -180,7 +181,9 @@ def test_comparison_shows_figures_of_all_images_unpaired(measured, tmp_path, unc
 def test_comparison_refuses_other_attacks_and_images(measured, tmp_path, unchecked, change):
     one = write(tmp_path / "one", measured)
     two = write(tmp_path / "two", measured, change)
-    with pytest.raises(InputError, match="one and two do not compare inside: other images or another attack"):
+    with pytest.raises(
+        InputError, match="one and two do not compare inside the models: other images or another attack"
+    ):
         internals.compare_internals({"one": one, "two": two})
     three = write(tmp_path / "three", measured, index=measured.arrays["index"] + 1)
     with pytest.raises(InputError, match="one and three do not compare inside"):
