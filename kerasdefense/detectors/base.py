@@ -29,6 +29,9 @@ class Detector(tf.Module):
     needs_head: ClassVar[bool] = False
     """Whether a fit needs kernel and bias of the classifier's last layer."""
 
+    takes_cosines: ClassVar[bool] = False
+    """Whether that layer may give cosines in place of `embedding @ kernel + bias`."""
+
     fitted: ClassVar[tuple[str, ...]] = ()
     """Names of the arrays that a fit finds; none where the detector can score without."""
 
@@ -47,15 +50,22 @@ class Detector(tf.Module):
         Args:
             activations: `logits` float [n, classes] and `embedding` float [n, d], those that the detector needs.
             label: int [n], in [0, classes); images of unknown classes have no place here.
-            head: kernel [d, classes] and bias [classes] or None, with `logits = embedding @ kernel + bias`.
+            head: the classifier's last layer, or its kernel [d, classes] and bias [classes] or None as a pair.
 
         Returns:
             The detector itself.
 
         Raises:
-            UsageError: an activation or the head is missing, or a setting does not go with the data.
+            UsageError: an activation or the head is missing, the head gives cosines, from which the detector cannot be
+                computed, or a setting does not go with the data.
             InputError: no images, other lengths, NaN or infinity, or a label outside [0, classes).
         """
+        head = None if head is None else Head(*head)
+        if self.needs_head and head is not None and not (head.is_linear or self.takes_cosines):
+            raise UsageError(
+                f"{type(self).__name__} needs logits = embedding @ kernel + bias, but those of this model are cosines "
+                "with frozen axes (--backbone_head=orthogonal); leave it out of --detector_name"
+            )
         training = check_training(activations, label, head, needs=self.needs, needs_head=self.needs_head)
         notes: list[str] = []
         self._keep(self._fit(training, notes))

@@ -10,7 +10,7 @@ import tensorflow as tf
 from kerasdefense.detectors.base import Detector, ScoreFn
 from kerasdefense.detectors.directions import TINY, direction
 from kerasdefense.detectors.training import Training
-from kerasdefense.types import Activations
+from kerasdefense.types import Activations, InputError
 
 _LONGER = 1e-4
 _LARGEST_COSINE = 1 - 1e-6
@@ -20,7 +20,8 @@ class Subspace(Detector):
     """The angle to the nearest class axis, `min_c arccos(|axis_c . embedding| / (||embedding|| + 1e-4))`, at most pi/2.
 
     The axis of a class is the first left singular vector of the matrix whose columns are its training embeddings. A
-    class without samples, or with zero embeddings alone, has no axis, which is in the notes.
+    class without samples, or with zero embeddings alone, has no axis, which is in the notes; if none has one, the fit
+    raises an InputError. An embedding of zero scores pi/2.
 
     Source: the union of subspaces of Zaeemzadeh et al. 2021, section 3, which DFA (Liu et al. 2022) names as its
     detector. Deviations: one pass instead of 50 with dropout, which DFA's backbone does not have; the cosine is clipped
@@ -46,6 +47,10 @@ class Subspace(Detector):
                 axes[:, each] = np.linalg.eigh(embedding.T @ embedding)[1][:, -1]
             else:
                 notes.append(f"class {each}: no sample with an embedding other than zero, so it has no axis")
+        if not axes.any():
+            raise InputError(
+                "every training embedding is zero, which leaves no axis to take angles with; check the model"
+            )
         return {"axes": axes}
 
     def _score(self, activations: Activations) -> tf.Tensor:
@@ -61,12 +66,15 @@ class Subspace(Detector):
 class MaxCosine(Detector):
     """One minus the largest cosine with a column of the kernel, `1 - max_c |kernel_c . embedding|`, both of length 1.
 
+    With an OrthogonalHead that is one minus the largest logit. An embedding of zero scores 1.
+
     Source: the logits of DFA (Liu et al. 2022), whose kernel has orthonormal columns. Deviations: a column of another
     length is divided by it.
     """
 
     needs = ("embedding",)
     needs_head = True
+    takes_cosines = True
     fitted = ("axes",)
 
     axes: tf.Variable

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import numpy as np
 
 from kerasdefense.types import InputError, UsageError
 
-Head = tuple[np.ndarray, Optional[np.ndarray]]
-"""Kernel [d, classes] and bias [classes] or None of the last layer: `logits = embedding @ kernel + bias`."""
+
+class Head(NamedTuple):
+    """The last layer of a classifier.
+
+    Attributes:
+        kernel: [d, classes].
+        bias: [classes], or None.
+        is_linear: whether `logits = embedding @ kernel + bias`; otherwise they are the cosines of the embedding with
+            the columns of the kernel times the lengths of these, with or without their signs.
+    """
+
+    kernel: np.ndarray
+    bias: Optional[np.ndarray] = None
+    is_linear: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +62,7 @@ def check_training(
     Args:
         activations: `logits` float [n, classes], `embedding` float [n, d]; those in `needs` are checked.
         label: int [n].
-        head: kernel [d, classes] and bias [classes] or None; checked if `needs_head`.
+        head: of the classifier; checked if `needs_head`.
         needs: names of activations.
         needs_head: whether the head has to be there.
 
@@ -67,7 +79,7 @@ def check_training(
     if "logits" in activations:
         classes = np.shape(activations["logits"])[-1]
     else:
-        classes = int(label.max()) + 1 if head is None else np.shape(head[0])[-1]
+        classes = int(label.max()) + 1 if head is None else np.shape(head.kernel)[-1]
     outside = label[(label < 0) | (label >= classes)]
     if outside.size:
         raise InputError(
@@ -98,12 +110,12 @@ def _activation(activations: Mapping[str, np.ndarray], name: str, count: int) ->
 def _head(head: Optional[Head], activations: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     if head is None:
         raise UsageError("the detector needs the head, (kernel, bias) of the classifier's last layer; it is missing")
-    kernel = _finite(head[0], "the kernel of the head")
+    kernel = _finite(head.kernel, "the kernel of the head")
     rows = activations["embedding"].shape[1]
     columns = activations["logits"].shape[1] if "logits" in activations else kernel.shape[-1]
     if kernel.shape != (rows, columns):
         raise InputError(f"the kernel of the head must be [{rows}, {columns}], not {list(kernel.shape)}")
-    bias = np.zeros([columns]) if head[1] is None else _finite(head[1], "the bias of the head")
+    bias = np.zeros([columns]) if head.bias is None else _finite(head.bias, "the bias of the head")
     if bias.shape != (columns,):
         raise InputError(f"the bias of the head must be [{columns}], not {list(bias.shape)}")
     return kernel, bias

@@ -10,12 +10,13 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 import keras
 import tensorflow as tf
 
-from kerasdefense.backbones.head import weights, without_softmax
+from kerasdefense.backbones.head import layer_of, weights, without_softmax
 from kerasdefense.backbones.own import as_backbone, read
 from kerasdefense.detectors import Head
 from kerasdefense.evaluation import digests, interfaces
 from kerasdefense.evaluation.interfaces import UNKNOWN, Shape, classes_of, image_shape_of, in_words, selected
 from kerasdefense.evaluation.suites import ThreatModel
+from kerasdefense.layers import OrthogonalHead
 from kerasdefense.types import ActivationsFn, InputError, LogitsFn, PathFn
 
 MODEL, SIGNATURE = "model.keras", "serving_default"
@@ -34,7 +35,7 @@ class Loaded(NamedTuple):
         activations: `activations(image) -> {"logits": [n, classes], "embedding": [n, d]}` of a model that draws nothing
             at random; without the embedding, what enters the last layer, where it does not tell.
         has_embedding: whether it tells.
-        head: kernel [d, classes] and bias [classes] or None of the last layer, where it is known.
+        head: the last layer, where it is known and of a kind that detectors know.
         kernels: trainable kernels of the defended path, where they can be moved.
         internals: `internals(batch, image_adv, attack, seed) -> {name: [n]}` of a defense that tells of its inside.
         threat_model: norm and radius of a defense's own attack.
@@ -195,12 +196,12 @@ def _with_embedding(loaded: Loaded, model: keras.Model, outputs: Any) -> Loaded:
 
 
 def _head(logits: Any) -> Optional[Head]:
-    """Return kernel and bias of the layer that gives symbolic logits, None where that is no dense layer."""
-    found = weights(logits)
-    if found is None:
-        return None
-    kernel, bias = found
-    return kernel.numpy(), None if bias is None else bias.numpy()
+    """Return the layer that gives symbolic logits, None where it is neither a dense one nor one of frozen axes."""
+    found, layer = weights(logits), layer_of(logits)
+    if found is not None:
+        kernel, bias = found
+        return Head(kernel.numpy(), None if bias is None else bias.numpy())
+    return Head(layer.kernel.numpy(), is_linear=False) if isinstance(layer, OrthogonalHead) else None
 
 
 def _kernels(model: keras.Model) -> list[tf.Variable]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kerasdefense.detectors import DETECTORS, Detector
+from kerasdefense.detectors import DETECTORS, Detector, Head
 from kerasdefense.types import InputError, UsageError
 
 
@@ -386,6 +386,19 @@ def test_detector_that_needs_the_head_refuses_to_go_without_or_with_a_wrong_one(
         make(name).fit(TRAINING, LABEL, (KERNEL[:7], BIAS))
     with pytest.raises(InputError, match=r"the bias of the head must be \[4\], not \[3\]"):
         make(name).fit(TRAINING, LABEL, (KERNEL, BIAS[:3]))
+
+
+@needing(lambda detector: detector.needs_head and not detector.takes_cosines)
+def test_detector_that_computes_logits_anew_refuses_a_head_of_cosines(name):
+    message = r"needs logits = embedding @ kernel \+ bias, but those of this model are cosines"
+    with pytest.raises(UsageError, match=message):
+        make(name).fit(TRAINING, LABEL, Head(KERNEL, is_linear=False))
+
+
+@needing(lambda detector: detector.takes_cosines or not detector.needs_head)
+def test_detector_that_computes_no_logits_takes_a_head_of_cosines(name):
+    other = make(name).fit(TRAINING, LABEL, Head(KERNEL, is_linear=False))
+    np.testing.assert_array_equal(scored(other, FAR), scored(fitted(name), FAR))
 
 
 @needing(lambda detector: detector.needs_head)

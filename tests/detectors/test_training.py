@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kerasdefense.detectors.training import check_training
+from kerasdefense.detectors.training import Head, check_training
 from kerasdefense.types import InputError
 
 EMBEDDING = np.ones([4, 3], np.float32)
-HEAD = np.ones([3, 5], np.float16), None
+HEAD = Head(np.ones([3, 5], np.float16))
 
 
 def check(activations, label, head=HEAD, needs=("embedding",), needs_head=False):

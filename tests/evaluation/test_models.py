@@ -11,7 +11,8 @@ import pytest
 import tensorflow as tf
 
 from kerasdefense import PGD, Standard
-from kerasdefense.backbones import small_cnn
+from kerasdefense.backbones import small_cnn, with_orthogonal_head
+from kerasdefense.defenses import DFA
 from kerasdefense.evaluation import PlannedAttack, ThreatModel, evaluate
 from kerasdefense.evaluation.models import Loaded, as_paths, check_fits, load_model
 from kerasdefense.types import InputError, UsageError
@@ -191,6 +192,25 @@ def test_defense_keeps_its_paths_threat_model_and_embedding():
     np.testing.assert_array_equal(loaded.features(image), defense.activations(image)["embedding"])
     assert loaded[1:4] == ((8, 8, 1), 3, "hardened") and loaded.threat_model == ThreatModel("l2", 0.5)
     assert loaded.attack_budget == defense.attack_budget
+
+
+@pytest.mark.parametrize("kind", ["in memory", "defense", ".keras", "SavedModel of Keras"])
+def test_frozen_axes_are_the_head_wherever_the_model_comes_from(kind, tmp_path):
+    backbone = with_orthogonal_head(small_cnn((8, 8, 1), 3, width=2), seed=4)
+    if kind == "defense":
+        loaded = as_paths(DFA(backbone, attack=PGD(epsilon=0.1)))
+    elif kind == "in memory":
+        loaded = as_paths(backbone)
+    else:
+        path = tmp_path / ("model.keras" if kind == ".keras" else "model")
+        backbone.save(path)
+        loaded = load_model(path)
+    kernel = backbone.get_layer("logits").kernel.numpy()
+    assert not loaded.head.is_linear and loaded.head.bias is None
+    np.testing.assert_array_equal(loaded.head.kernel, kernel)
+    found = loaded.activations(tf.constant(IMAGE.mean(axis=3, keepdims=True).repeat(2, axis=1).repeat(2, axis=2)))
+    length = np.linalg.norm(found["embedding"], axis=1, keepdims=True)
+    np.testing.assert_allclose(found["logits"], np.abs(found["embedding"] @ kernel / length), atol=1e-5)
 
 
 def test_object_with_paths_of_its_own_needs_nothing_else():

@@ -7,6 +7,7 @@ from typing import Any, Callable, NamedTuple, Optional
 
 import numpy as np
 import tensorflow as tf
+from sklearn.preprocessing import normalize
 
 from kerasdefense.attacks import PGD
 from kerasdefense.detectors import Detector, Head
@@ -169,12 +170,15 @@ def _agreeing(head: Optional[Head], activations: Mapping[str, np.ndarray]) -> Op
     """Return the head if it leads from the embeddings to the logits, else None: it is that of another layer."""
     if head is None or "embedding" not in activations:
         return None
-    kernel, bias = head
-    if len(kernel) != activations["embedding"].shape[1]:
+    embedding, logits = activations["embedding"], activations["logits"]
+    if len(head.kernel) != embedding.shape[1]:
         return None
-    found = activations["embedding"] @ kernel + (0 if bias is None else bias)
-    largest = max(1.0, float(np.max(np.abs(activations["logits"]))))
-    return head if np.max(np.abs(found - activations["logits"])) <= _AGREEMENT * largest else None
+    if head.is_linear:
+        found = embedding @ head.kernel + (0 if head.bias is None else head.bias)
+    else:  # up to the signs
+        found, logits = np.abs(normalize(embedding) @ head.kernel), np.abs(logits)
+    largest = max(1.0, float(np.max(np.abs(logits))))
+    return head if np.max(np.abs(found - logits)) <= _AGREEMENT * largest else None
 
 
 def _mover(model: Loaded, attack: PGD, seed: int) -> Callable[[Chunk], np.ndarray]:

@@ -71,6 +71,24 @@ def test_threshold_keeps_the_retention_on_validation_and_comes_near_it_on_test(f
         assert accepted["ci95"][0] < 0.97 and accepted["ci95"][1] > 0.93
 
 
+def test_property_24_thresholds_and_so_f1_are_set_without_unknown_and_test_images(found, open_digits, as_dataset):
+    def images():
+        raise AssertionError("images were read that have no say in a threshold")
+        yield
+
+    spec = as_dataset(open_digits.known).element_spec
+    closed = tf.data.Dataset.from_generator(images, output_signature=spec)
+    unknown = [Unknown("unknown classes", "near", closed)]
+    given = images_of(open_digits, as_dataset, known=closed, unknown=unknown)
+    detectors = {name: DETECTORS[name]() for name in NAMES}
+    fitted = fit_detectors(open_digits.loaded, detectors, given, THREAT, OPTIONS)
+    assert [each.threshold for each in fitted] == [each.threshold for each in found.options]
+    for option in fitted:
+        known, others = (found.arrays[f"{option.name}/{name}"] for name in ("known", "sets/others"))
+        figure = found.results["detectors"][option.name]["sets"]["others"]["f1_binary"]
+        assert figure == metrics.f1_binary(known, others, option.threshold)
+
+
 def test_unknown_images_are_recognised(found):
     assert found.results["detectors"]["mahalanobis"]["sets"]["unknown classes"]["auroc"] > 0.8
     for entry in found.results["detectors"].values():
@@ -203,6 +221,8 @@ def test_tables_and_pictures_show_every_detector(found, tmp_path):
     text = console.export_text()
     assert all(text.count(name) >= 6 for name in NAMES)  # sets, means, thresholds and the grid, none cut short
     assert "mean over the far sets" in text and "…" not in text
+    words = " ".join(text.split())
+    assert "F1 at the threshold: bin. of refusing the unknown, macro over the known classes and one for" in words
     write_pictures(tmp_path / "scores.png", tmp_path / "roc.png", found)
     assert min((tmp_path / name).stat().st_size for name in ("scores.png", "roc.png")) > 10_000
 
@@ -246,8 +266,8 @@ def test_detector_that_needs_more_than_the_model_tells_is_refused(open_digits, a
     for random in (open_digits.loaded._replace(is_randomised=True), noisy):
         with pytest.raises(UsageError, match="draws nothing at random"):
             measure(open_digits, as_dataset, ("msp",), loaded=random)
-    kernel, bias = open_digits.loaded.head
-    other = open_digits.loaded._replace(head=(kernel[:, ::-1], bias))
+    head = open_digits.loaded.head
+    other = open_digits.loaded._replace(head=head._replace(kernel=head.kernel[:, ::-1]))
     with pytest.raises(UsageError, match="needs the head"):
         measure(open_digits, as_dataset, ("react",), loaded=other)
 
