@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Callable, NamedTuple
 
-from kerasdefense.attacks import APGD, ATTACKS, FAB, FGSM, PGD, Attack, Square, has_foolbox
+from kerasdefense.attacks import APGD, ATTACKS, FAB, FGSM, PGD, Attack, CarliniWagner, Square, has_foolbox
 
 SURROGATE = "surrogate:"
 """What the names of paths begin with that are not the model's own."""
@@ -177,6 +177,7 @@ def _adaptive(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, .
         PlannedAttack("feature_matching", APGD(norm, epsilon, restarts=5), "feature_matching"),
         PlannedAttack("logit_matching", APGD(norm, epsilon, restarts=5), "logit_matching"),
         _fab_t(norm, epsilon, classes),
+        *((PlannedAttack("cw_l2", CarliniWagner(norm, epsilon), "distance"),) if norm == "l2" else ()),
         _square(norm, epsilon),
         PlannedAttack("pgd1000x10_margin", PGD(norm, epsilon, steps=1000, restarts=10), "margin"),
         *_transfer(norm, epsilon),
