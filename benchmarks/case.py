@@ -24,7 +24,9 @@ class Case:
         batch_size: images per step.
         steps: gradient steps of the training attack; 0 where the defense has none.
         defense: key of DEFENSES.
+        head: its last layer, "dense" or "orthogonal".
         w_kl: weight of learning with a peer; -1 = the method's own, 0 = no peer.
+        share_forward: whether DFA passes every image once, not the images of each pair separately.
         awp_gamma: adversarial weight perturbation; 0 = none.
         ema_decay: decay of an average of the weights; 0 = none.
     """
@@ -35,7 +37,9 @@ class Case:
     batch_size: int
     steps: int = 10
     defense: str = "pgd_at"
+    head: str = "dense"
     w_kl: float = -1.0
+    share_forward: bool = True
     awp_gamma: float = 0.0
     ema_decay: float = 0.0
 
@@ -43,9 +47,11 @@ class Case:
     def run(self) -> config.Run:
         """The configuration of a run that takes these steps."""
         return config.Run(
-            backbone=config.Backbone(name=self.backbone, width=self.width),
+            backbone=config.Backbone(name=self.backbone, width=self.width, head=self.head),
             attack=config.Attack(epsilon=EPSILON, steps=self.steps),
-            defense=config.Defense(name=self.defense, w_kl=self.w_kl, awp_gamma=self.awp_gamma),
+            defense=config.Defense(
+                name=self.defense, w_kl=self.w_kl, share_forward=self.share_forward, awp_gamma=self.awp_gamma
+            ),
             train=config.Train(
                 batch_size=self.batch_size, learning_rate=0.01, schedule="constant", ema_decay=self.ema_decay
             ),
@@ -65,7 +71,8 @@ class Case:
     def defense_name(self) -> str:
         """By what it is trained, in words."""
         extras = (" + AWP" if self.awp_gamma else "") + (" + EMA" if self.ema_decay else "")
-        return f"{self.defense}{'' if self.w_kl else ' without peer'}{extras}"
+        passes = "" if self.share_forward else " in three passes"
+        return f"{self.defense}{'' if self.w_kl else ' without peer'}{passes}{extras}"
 
     def batch(self) -> dict[str, np.ndarray]:
         """Return a batch of noise with labels; what is in the images does not change the time."""

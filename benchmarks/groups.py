@@ -9,6 +9,7 @@ from benchmarks.attack_case import AttackCase
 from benchmarks.attacks import EVALUATION, measure_attack, rows_of_attack
 from benchmarks.case import Case
 from benchmarks.checkpoint import measure_checkpoint
+from benchmarks.dfa_floor import dfa_floor
 from benchmarks.osdn_floor import osdn_floor
 from benchmarks.peers import peers
 from benchmarks.tables import Column, Row
@@ -58,6 +59,11 @@ def measure_control(case: Case, rounds: int) -> Measurement:
 def measure_osdn(case: Case, rounds: int) -> Measurement:
     """Time what `measure_control` does, against the floor of OSDN-CAML."""
     return measure(case, rounds, strategies=mirrored(), make_floor=osdn_floor)
+
+
+def measure_dfa(case: Case, rounds: int) -> Measurement:
+    """Time what `measure_control` does, against the floor of DFA."""
+    return measure(case, rounds, strategies=mirrored(), make_floor=dfa_floor)
 
 
 def rows_of_steps(case: Case, measurement: Measurement) -> list[Row]:
@@ -164,6 +170,7 @@ CONTROLS = (
     {"defense": "trades", "steps": 3, **AWP},
 )
 OSDN = dataclasses.replace(RESNET, backbone="osdn_resnet8", defense="osdn_caml")
+DFA = dataclasses.replace(RESNET, head="orthogonal", defense="dfa", steps=0)
 
 GROUPS = (
     Group(
@@ -212,6 +219,21 @@ GROUPS = (
         quick_cases=(dataclasses.replace(OSDN, width=4, image_shape=(8, 8, 1), batch_size=32, steps=1),),
         measure=measure_osdn,
         name=defense_and_attack_name,
+        rows=rows_of_steps,
+        reference="floor",
+    ),
+    Group(
+        kind="training",
+        title="A step of DFA ({case})",
+        columns=(Column("attack steps", "steps", "d"), *against_floor(at_most=1.15)),
+        cases=(
+            DFA,
+            dataclasses.replace(DFA, share_forward=False),
+            dataclasses.replace(DFA, defense="dfa_at", steps=1),
+        ),
+        quick_cases=(dataclasses.replace(DFA, width=4, image_shape=(8, 8, 1), batch_size=32),),
+        measure=measure_dfa,
+        name=defense_name,
         rows=rows_of_steps,
         reference="floor",
     ),

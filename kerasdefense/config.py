@@ -153,7 +153,8 @@ class Train:
         "learning rate over the run; triangular rises to its middle and falls to 0, cosine falls to 0 from the start",
         ("constant", "cosine", "step", "triangular"),
     )
-    drops: str = _field("0.5,0.75", "shares of the run after which the schedule step divides the rate by 10")
+    drops: str = _field("0.5,0.75", "shares of the run after which the schedule step lowers the rate")
+    drop_factor: float = _field(0.1, "what the rate is multiplied by at each of --train_drops", low=0, high=1)
     ema_decay: float = _field(
         0.0, "decay per step of an average of the weights that is validated and exported; 0 = none", low=0, high=1
     )

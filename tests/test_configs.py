@@ -54,6 +54,25 @@ def random_images(builder, **reading):
     return tf.data.Dataset.from_tensor_slices({"image": encoded, "label": label})
 
 
+def folder_of_images(folder, count, classes=1):
+    """Write so many random images of 64 x 64, class by class."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / f"{number % classes}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(tf.io.encode_png(random.integers(256, size=(64, 64, 3), dtype=np.uint8)).numpy())
+
+
+def unknown_sets(settings, folder):
+    """Have the folders of unknown images that a configuration names elsewhere, and give the flags this takes."""
+    if not settings.evaluate.ood:
+        return []
+    items = [each.partition(":") for each in settings.evaluate.ood.split(",")]
+    for _, _, name in items:
+        folder_of_images(folder / name, 4)
+    return ["--evaluate_ood=" + ",".join(f"{group}:{folder / name}" for group, _, name in items)]
+
+
 @contextlib.contextmanager
 def mocked(name, folder):
     """Have TFDS serve random images under the name of a set, or a folder hold some, and give the flags this takes.
@@ -64,11 +83,7 @@ def mocked(name, folder):
         yield []
         return
     if name == "folder":
-        random = np.random.default_rng(0)
-        for number in range(IMAGES):
-            path = folder / f"images/{number % FOLDERS}/{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(tf.io.encode_png(random.integers(256, size=(64, 64, 3), dtype=np.uint8)).numpy())
+        folder_of_images(folder / "images", IMAGES, FOLDERS)
         yield [f"--data_dir={folder / 'images'}"]
         return
     builder = tfds.builder(name, data_dir=folder)  # of a set that is not there, the mock knows no splits
@@ -95,9 +110,10 @@ def configured(flagfile):
 @every_config
 def test_every_config_resolves(flagfile, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)  # nested flag files are found from any working directory
-    with mocked(configured(flagfile).data.name, tmp_path / "sets") as given:
-        arguments = [f"--flagfile={flagfile}", "--dry_run", "--backbone_width=2"]  # building wide ones takes seconds
-        assert run.main([*arguments, *given]) == 0
+    settings = configured(flagfile)
+    with mocked(settings.data.name, tmp_path / "sets") as given:
+        arguments = [f"--flagfile={flagfile}", "--dry_run", "--backbone_width=4"]  # building wide ones takes seconds
+        assert run.main([*arguments, *given, *unknown_sets(settings, tmp_path / "unknown")]) == 0
     printed = capsys.readouterr().out
     assert "trainable parameters" in printed and "--attack_epsilon=" in printed
     assert not (tmp_path / "runs").exists()
@@ -113,7 +129,7 @@ def test_config_is_alive(flagfile, run_dir, tmp_path, capsys):
     if settings.detector.fit_on == "adv":  # after one step of training no attacked image may be classified rightly
         arguments.append("--detector_fit_on=both")
     with mocked(settings.data.name, tmp_path) as given:
-        code = run.main([*arguments, *given])
+        code = run.main([*arguments, *given, *unknown_sets(settings, tmp_path / "unknown")])
     assert code == 0, capsys.readouterr().err
     assert (run_dir / run.MODEL).is_file()
     results = json.loads((run_dir / run.RESULTS).read_text())

@@ -9,8 +9,9 @@ import pytest
 import tensorflow as tf
 from scipy import stats
 
-from kerasdefense import assess, config, data, flags, recognition, run
+from kerasdefense import assess, config, data, evaluation, flags, recognition, run, training
 from kerasdefense.detectors import DETECTORS
+from kerasdefense.evaluation.open_set import metrics
 from kerasdefense.export.saved_model import CARD
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +96,67 @@ def test_trials_sum_up_runs_of_several_seeds(finished, tmp_path, capsys):
     assert f"{100 * auroc:.1f} ± 0.0" in capsys.readouterr().out
     assert "knn" in (tmp_path / "sum/trials.md").read_text() and "knn" in (tmp_path / "sum/trials.csv").read_text()
     assert run.main(["--mode=trials", f"--run_dir={tmp_path / 'sum'}", str(finished)]) == 2
+
+
+DFA = "subspace,max_cosine,msp,energy"
+
+
+@pytest.fixture(scope="module")
+def with_frozen_axes(tmp_path_factory):
+    """DFA on all digits before its first step, measured on a folder of images, with `max_cosine` as reject option."""
+    folder, random = tmp_path_factory.mktemp("dfa"), np.random.default_rng(0)
+    for number in range(30):
+        path = folder / f"LSUN_resize/LSUN_resize/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(tf.io.encode_png(random.integers(256, size=(8, 8, 3), dtype=np.uint8)).numpy())
+    arguments = [
+        *TINY,
+        "--backbone_width=4",
+        "--backbone_head=orthogonal",
+        "--defense_name=dfa",
+        "--data_open_set_split=",
+        "--evaluate_examples=8",
+        "--evaluate_score_examples=0",
+        f"--detector_name={DFA}",
+        "--export_detector=max_cosine",
+        f"--evaluate_ood=far:{folder / 'LSUN_resize'}",
+        f"--run_dir={folder / 'run'}",
+    ]
+    settings = flags.parse(arguments)
+    (folder / "run").mkdir()
+    training.build(settings, data.load(settings.data)).save(folder / "run" / training.MODEL)
+    assert run.main([*arguments, "--mode=evaluate"]) == run.main([*arguments, "--mode=export"]) == 0
+    return folder / "run"
+
+
+def test_detectors_of_a_model_with_frozen_axes_are_measured_on_a_folder(with_frozen_axes):
+    found = results_of(with_frozen_axes)["open_set"]
+    assert found["sets"] == {"LSUN_resize": {"group": "far", "n": 30}}
+    with np.load(with_frozen_axes / recognition.SCORES) as stored:
+        scores = {name: stored[f"{name}/known"] for name in DFA.split(",")}
+        others = {name: stored[f"{name}/sets/LSUN_resize"] for name in scores}
+    for name, entry in found["detectors"].items():
+        expected = metrics.f1_binary(scores[name], others[name], entry["threshold"])
+        assert entry["sets"]["LSUN_resize"]["f1_binary"] == pytest.approx(expected)
+    (batch,) = data.load(config.Data()).test.batches(1000)
+    model = evaluation.load_model(with_frozen_axes / "model.keras")
+    logits = model.activations(batch["image"])["logits"].numpy()
+    np.testing.assert_allclose(scores["max_cosine"], 1 - logits.max(axis=1), atol=1e-5)
+    version = with_frozen_axes / "saved_model/1"
+    assert json.loads((version / CARD).read_text())["rejection"]["detector"] == "max_cosine"
+    served = tf.saved_model.load(str(version)).signatures["serving_default"](image=batch["image"])
+    np.testing.assert_allclose(served["anomaly_score"], scores["max_cosine"], atol=1e-5)
+    np.testing.assert_allclose(served["logits"], logits, atol=1e-5)
+
+
+def test_detector_that_does_not_go_with_frozen_axes_is_one_line(with_frozen_axes, tmp_path, capsys):
+    arguments = ["--mode=evaluate", f"--evaluate_model={with_frozen_axes}", "--detector_name=react"]
+    assert run.main([*TINY, "--data_open_set_split=", *arguments, f"--run_dir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "error: ReAct needs logits = embedding @ kernel + bias, but those of this model are cosines"
+    )
+    assert error.count("\n") == 1
 
 
 def test_names_of_detectors():

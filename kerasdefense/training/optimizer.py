@@ -39,8 +39,8 @@ def _learning_rate(train: config.Train, steps: int) -> Any:
     if train.schedule == "cosine":
         return keras.optimizers.schedules.CosineDecay(train.learning_rate, steps)
     if train.schedule == "step":
-        boundaries = [round(share * steps) for share in shares]
-        values = [train.learning_rate * 0.1**number for number in range(len(shares) + 1)]
+        boundaries = [round(share * steps) - 1 for share in shares]  # the last step at a rate
+        values = [train.learning_rate * train.drop_factor**number for number in range(len(shares) + 1)]
         return keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, values)
     return train.learning_rate
 
@@ -52,4 +52,6 @@ def _drops(train: config.Train) -> list[float]:
         shares = []
     if not shares or shares != sorted(set(shares)) or not 0 < shares[0] <= shares[-1] < 1:
         raise UsageError(f"--train_drops={train.drops!r} must be rising shares of the run, such as 0.5,0.75")
+    if not 0 < train.drop_factor <= 1:
+        raise UsageError(f"--train_drop_factor={train.drop_factor:g} must be above 0 and at most 1")
     return shares

@@ -14,7 +14,7 @@ from benchmarks.timing import Timing, time_in_turns
 from benchmarks.training_step import Measurement
 
 CASE = Case("small_cnn", width=4, image_shape=(8, 8, 1), batch_size=10)
-PEERS, CONTROLS, OSDN, CHECKPOINTS = (group for group in groups.GROUPS if group.kind == "training")
+PEERS, CONTROLS, OSDN, DFA, CHECKPOINTS = (group for group in groups.GROUPS if group.kind == "training")
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,7 @@ def test_quick_benchmark_fills_every_column_and_never_retraces(art, capsys, tmp_
         ["mirrored"],
         ["mirrored"],
         ["mirrored"],
+        ["mirrored"],
         ["evaluation"],
         ["evaluation"],
     ]
@@ -56,12 +57,12 @@ def test_quick_benchmark_fills_every_column_and_never_retraces(art, capsys, tmp_
             assert [row["retraces"] for row in table["rows"]] == [0] * len(table["rows"])
         (rounds,) = table["rounds"].values()
         assert {len(values) for values in rounds["seconds"].values()} == {2}
-    for row in [row for table in tables[:3] for row in table["rows"]]:
+    for row in [row for table in tables[:4] for row in table["rows"]]:
         assert 0 < row["over_floor_processor"] < 3
     for row in tables[0]["rows"]:
         assert row["times_cleverhans"] > 0
         assert (row["times_art"] or 0) > 0 or not peers.has_art()
-    assert tables[3]["rows"][0]["checkpoint_share"] > 0
+    assert tables[4]["rows"][0]["checkpoint_share"] > 0
 
 
 def test_timing_is_the_median_of_the_faster_half_and_ratios_are_of_it():
@@ -90,6 +91,8 @@ def test_turns_begin_with_another_step_in_each_round():
         (CONTROLS, measurement(ours=1.16, retraces=2), ["ours/floor is 1.16, must be at most 1.15", "retraces is 2"]),
         (OSDN, measurement(ours=1.25), []),
         (OSDN, measurement(ours=1.26), ["ours/floor is 1.26, must be at most 1.25"]),
+        (DFA, measurement(ours=1.15), []),
+        (DFA, measurement(ours=1.16), ["ours/floor is 1.16, must be at most 1.15"]),
         (CHECKPOINTS, measurement(checkpoint=9.9), []),
         (CHECKPOINTS, measurement(checkpoint=11.0), ["share of the steps is 5.50%, must be at most 5.00%"]),
     ],
@@ -112,6 +115,10 @@ def test_every_control_is_timed_with_and_without_weight_perturbation():
 def test_osdn_caml_is_timed_with_one_and_three_steps_of_attack_and_without_peer():
     names = {OSDN.name(case) for case in OSDN.cases}
     assert names == {"osdn_caml, PGD-1", "osdn_caml, PGD-3", "osdn_caml without peer, PGD-1"}
+
+
+def test_dfa_is_timed_in_two_and_three_passes_and_on_adversarial_images():
+    assert {DFA.name(case) for case in DFA.cases} == {"dfa", "dfa in three passes", "dfa_at"}
 
 
 @pytest.mark.parametrize("group", groups.GROUPS, ids=lambda group: group.title)

@@ -11,6 +11,7 @@ import tensorflow as tf
 from kerasdefense import backbones, config, defenses, training
 from kerasdefense.attacks import PGD
 from kerasdefense.defenses import PGDAT, Stage, Standard
+from kerasdefense.training import fitting
 from kerasdefense.types import InputError, UsageError
 
 
@@ -56,6 +57,19 @@ def test_averages_are_validated_selected_and_saved(digits, small_run, tmp_path):
     shapes = raw.get_variable_to_shape_map().items()
     names = [name for name, shape in shapes if name.startswith("model/backbone") and shape == list(kernel.shape)]
     assert names and all(np.abs(raw.get_tensor(name) - kernel).max() > 0 for name in names)
+
+
+def test_property_18_momentum_is_kept_from_epoch_to_epoch(digits, small_run):
+    # Once the rate is next to nothing, weights coast: each epoch of 3 steps moves them 0.9^3 times as far as the last.
+    schedule = {"schedule": "step", "drops": "0.3334", "drop_factor": 1e-9, "weight_decay": 0.0}
+    run = small_run(defense="standard", epochs=3, steps_per_epoch=3, validate_every=4, **schedule)
+    defense, kernels = training.build(run, digits), []
+    kernel = defense.backbone.get_layer("logits").kernel
+    keep = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: kernels.append(kernel.numpy()))
+    fitting._fit(run, digits, defense, 0, [keep])
+    second, third = np.diff(kernels, axis=0)
+    assert np.abs(second).max() > 1e-4
+    np.testing.assert_allclose(third, 0.9**3 * second, rtol=1e-3, atol=1e-6)
 
 
 def test_averaged_puts_raw_weights_back_exactly():

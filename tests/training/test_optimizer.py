@@ -27,6 +27,23 @@ def test_step_rate_drops_tenfold_after_given_shares():
     np.testing.assert_allclose(rates(schedule="step", drops="0.3,0.7"), [0.4, 0.4, 0.04, 0.004, 0.004], atol=1e-7)
 
 
+def test_property_18_rate_is_multiplied_by_the_factor_after_epochs_60_120_and_160():
+    train = config.Train(learning_rate=0.1, schedule="step", drops="0.3,0.6,0.8", drop_factor=0.2)
+    rate = training.make_optimizer(train, 200 * 375)._learning_rate
+
+    def at(epoch):
+        return float(rate(375 * (epoch - 1))), float(rate(375 * epoch - 1))  # its first and its last step
+
+    expected = {1: 0.1, 60: 0.1, 61: 0.02, 120: 0.02, 121: 0.004, 160: 0.004, 161: 0.0008, 200: 0.0008}
+    for epoch, value in expected.items():
+        np.testing.assert_allclose(at(epoch), value, rtol=1e-6, err_msg=f"epoch {epoch}")
+
+
+def test_factor_of_nothing_is_refused():
+    with pytest.raises(UsageError, match="--train_drop_factor=0 must be above 0 and at most 1"):
+        rates(schedule="step", drop_factor=0.0)
+
+
 @pytest.mark.parametrize("drops", ["", "half", "0.7,0.3", "0.5,0.5", "0,0.5", "0.5,1"])
 def test_drops_that_do_not_rise_within_the_run_are_refused(drops):
     with pytest.raises(UsageError, match="rising shares of the run"):

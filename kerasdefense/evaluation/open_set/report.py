@@ -23,7 +23,7 @@ COLUMNS = {
 }
 _WORDS = (
     "(A) unknown images accepted where 95 % of the known ones are; (B) known images refused where 95 % of the unknown "
-    "ones are. F1 macro is over the known classes and one for all others."
+    "ones are. F1 at the threshold: bin. of refusing the unknown, macro over the known classes and one for all others."
 )
 CELLS = {
     "clean": "AUROC\nclean",

@@ -23,7 +23,7 @@ PAIRWISE = (
     metrics.detection_error,
 )
 
-# Six points by hand (dfa 23): in order known, known, unknown, known, unknown, unknown.
+# Six points by hand: in order known, known, unknown, known, unknown, unknown.
 KNOWN, RIGHT, UNKNOWN = np.array([1.0, 2.0, 4.0]), np.array([True, False, True]), np.array([3.0, 5.0, 6.0])
 
 
@@ -46,8 +46,8 @@ def pairs(known, unknown):
 # The area under the ROC curve.
 
 
-def test_six_points_by_hand():
-    # dfa 23. Pairs in order: 3 + 3 + 2 of 9. Precision over recall, both ways: 1, 1, 2/3 and 3/4 at recall 1.
+def test_property_23_six_points_by_hand():
+    # Pairs in order: 3 + 3 + 2 of 9. Precision over recall, both ways: 1, 1, 2/3 and 3/4 at recall 1.
     assert metrics.auroc(KNOWN, UNKNOWN) == pytest.approx(8 / 9)
     assert metrics.aupr_out(KNOWN, UNKNOWN) == pytest.approx(2 / 3 + (2 / 3 + 3 / 4) / 2 / 3)
     assert metrics.aupr_in(KNOWN, UNKNOWN) == pytest.approx(2 / 3 + (2 / 3 + 3 / 4) / 2 / 3)
@@ -74,8 +74,8 @@ def test_auroc_counts_pairs(known, unknown):
 
 
 @given(SCORES, SCORES)
-def test_auroc_of_negated_scores_is_the_rest(known, unknown):
-    # evaluation 13, dfa 23
+def test_property_23_auroc_of_negated_scores_is_the_rest(known, unknown):
+    # evaluation 13
     assert metrics.auroc(-known, -unknown) == pytest.approx(1 - metrics.auroc(known, unknown), abs=1e-12)
     assert metrics.auroc(unknown, known) == pytest.approx(1 - metrics.auroc(known, unknown), abs=1e-12)
 
@@ -173,8 +173,7 @@ def test_rates_at_95_keep_their_promise(known, unknown):
 
 
 @given(SCORES, SCORES)
-def test_detection_error_is_at_most_a_half(known, unknown):
-    # dfa 23
+def test_property_23_detection_error_is_at_most_a_half(known, unknown):
     error = metrics.detection_error(known, unknown)
     cuts = np.concatenate([[-np.inf], known, unknown])
     by_hand = [0.5] + [np.mean(known > cut) / 2 + np.mean(unknown <= cut) / 2 for cut in cuts]
@@ -190,7 +189,6 @@ def test_threshold_accepts_exactly_the_share_where_that_is_possible(n):
 
 
 def test_threshold_is_the_smallest_that_accepts_the_share():
-    # dfa 24: it takes known validation scores alone.
     score = np.array([5.0, 1, 2, 2, 2])
     found = [metrics.threshold_at(score, retention) for retention in (1e-9, 0.2, 0.21, 0.8, 0.81, 1)]
     assert found == [1, 1, 2, 2, 5, 5]
