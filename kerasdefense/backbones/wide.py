@@ -66,7 +66,7 @@ def _residual(tensor: Tensor, filters: int, *, stride: int, name: str) -> Tensor
 
 
 def _late_residual(tensor: Tensor, filters: int, *, stride: int, name: str) -> Tensor:
-    """Return the same with biases, the stride on the second convolution, and the shortcut from what enters the block."""
+    """Return the same with biases, the stride on the second convolution, the shortcut from what enters the block."""
     shortcut = tensor
     if stride > 1 or tensor.shape[-1] != filters:
         shortcut = blocks.biased_convolution(tensor, filters, 1, stride=stride, name=f"{name}_shortcut_conv")
