@@ -158,6 +158,17 @@ def test_verbosity_shows_the_traceback(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_check_in_a_training_step_is_told_in_one_line(capsys):
+    @tf.function
+    def step(image):
+        tf.debugging.Assert(tf.reduce_all(image > 0), ["the embedding of a training image is zero"])
+        return image
+
+    assert run.guarded(lambda: step(tf.zeros([2]))) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "the embedding of a training image is zero" in error
+
+
 def test_model_of_other_data_is_refused(finished, tmp_path, capsys):
     for label in ("cat", "dog"):
         (tmp_path / label).mkdir()
