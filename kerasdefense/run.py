@@ -268,7 +268,7 @@ def _one_line(error: Exception) -> str:
 def _first_line(error: Exception) -> str:
     """Return the first line of a message, or the one line in it that our own checks of a batch wrote."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
-    return next((line for line in lines if "must be in [0" in line), lines[0])
+    return next((line for line in lines if "assertion failed: [" in line), lines[0])
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def test_every_config_resolves(flagfile, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)  # nested flag files are found from any working directory
     settings = configured(flagfile)
     with mocked(settings.data.name, tmp_path / "sets") as given:
-        arguments = [f"--flagfile={flagfile}", "--dry_run", "--backbone_width=4"]  # building wide ones takes seconds
+        arguments = [f"--flagfile={flagfile}", "--dry_run", "--backbone_width=3"]  # building wide ones takes seconds
         assert run.main([*arguments, *given, *unknown_sets(settings, tmp_path / "unknown")]) == 0
     printed = capsys.readouterr().out
     assert "trainable parameters" in printed and "--attack_epsilon=" in printed

@@ -121,12 +121,21 @@ def test_modes_do_one_part_each(finished, tmp_path, capsys):
         (
             ["--defense_name=magic"],
             2,
-            "unknown defense 'magic'; valid: fgsm_rs, mart, osdn_caml, pgd_at, standard, trades",
+            "unknown defense 'magic'; valid: dfa, dfa_at, fgsm_rs, mart, mixup, osdn_caml, pgd_at, standard, trades",
         ),
         (["--backbone_name=vgg"], 2, "unknown backbone 'vgg'; valid:"),
         (["--defense_name=fgsm_rs", "--attack_steps=7"], 2, "fgsm_rs takes one step"),
         (["--defense_name=pgd_at", "--attack_name=cleverhans_pgd"], 2, "cannot craft training images"),
         (["--defense_name=standard", "--defense_preset=released"], 2, "has no release"),
+        (["--defense_name=dfa"], 2, "absolute cosines are the logits; pass --backbone_head=orthogonal"),
+        (
+            ["--backbone_name=small_cnn", "--backbone_width=2", "--backbone_head=orthogonal"],
+            2,
+            "an axis for each of 10 classes, but the embedding has only 8 dimensions; use a wider backbone",
+        ),
+        (["--defense_name=mixup", "--defense_mix_alpha=0"], 2, "mix_alpha"),
+        (["--defense_name=mixup", "--defense_noise_std=0"], 2, "it is one of: dfa, dfa_at"),
+        (["--defense_agg_stop=both"], 2, "--defense_agg_stop=both"),
         (["--attack_epsilon=-1"], 2, "--attack_epsilon=-1"),
         (["--train_epochs=0"], 2, "--train_epochs=0"),
         (["--train_momentum=2"], 2, "--train_momentum=2"),
@@ -156,6 +165,17 @@ def test_wrong_usage_is_one_line(arguments, code, message, tmp_path, capsys, mon
 def test_verbosity_shows_the_traceback(capsys):
     assert run.main(["--verbosity=1", "--defense_name=magic"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_check_in_a_training_step_is_told_in_one_line(capsys):
+    @tf.function
+    def step(image):
+        tf.debugging.Assert(tf.reduce_all(image > 0), ["the embedding of a training image is zero"])
+        return image
+
+    assert run.guarded(lambda: step(tf.zeros([2]))) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "the embedding of a training image is zero" in error
 
 
 def test_model_of_other_data_is_refused(finished, tmp_path, capsys):

@@ -42,12 +42,14 @@ def build(backbone: config.Backbone, *, image_shape: ImageShape, classes: int) -
     """Return the backbone that a configuration describes, or the user's own model in its file, with its head.
 
     Args:
-        backbone: the configuration; with `path` set, name, width and depth are ignored.
+        backbone: the configuration; with `path` set, name, width and depth are ignored, and a model with orthonormal
+            axes keeps those it has learnt on.
         image_shape: height, width and channels of the data.
         classes: number of classes of the data, at least 2.
     """
     model = _with_dense_head(backbone, image_shape, classes)
-    return with_orthogonal_head(model) if backbone.head == "orthogonal" else model
+    wants_axes = backbone.head == "orthogonal" and orthogonal_head(model) is None
+    return with_orthogonal_head(model) if wants_axes else model
 
 
 def _with_dense_head(backbone: config.Backbone, image_shape: ImageShape, classes: int) -> keras.Model:

@@ -51,18 +51,11 @@ def finish(image: Tensor, feature_map: Tensor, classes: int, *, name: str) -> ke
 def convolution(
     tensor: Tensor, filters: int, kernel_size: int, *, stride: int = 1, name: str, **settings: Any
 ) -> Tensor:
-    """Convolve; output pixel i is centred on input pixel `stride * i`.
+    """Convolve, without bias unless `settings` of the layer say otherwise.
 
-    With a stride, "same" padding would centre a kernel of 3 on the odd pixels of an even side, and so off the
-    pixels that a 1x1 shortcut of the same stride takes; the published networks pad every side, as here.
-
-    Args:
-        tensor: [batch, h, w, c].
-        filters: output channels.
-        kernel_size: side of the kernel, odd.
-        stride: pixels from one output to the next.
-        name: of the layer.
-        settings: further arguments of the layer; without them it has no bias, and a kernel that starts he_normal.
+    Output pixel i is centred on input pixel `stride * i`: with a stride, "same" padding would centre a kernel of 3 on
+    the odd pixels of an even side, and so off the pixels that a 1x1 shortcut of the same stride takes; the published
+    networks pad every side, as here.
     """
     padding = "same"
     if stride > 1 and kernel_size > 1:

@@ -16,8 +16,9 @@ def with_orthogonal_head(backbone: keras.Model, *, use_abs: bool = True, seed: O
 
     Axes have coordinates of either sign, which embeddings that are never negative cannot follow. So what is left out is
     a ReLU that gives the embedding, or else one that gives the feature map whose mean the embedding is; with it a batch
-    normalisation of the sum of a residual block, as pre-activated networks end in. In other networks the embedding
-    stays as it is. The layers that remain are those of `backbone`, with their weights.
+    normalisation of the sum of a residual block, as pre-activated networks end in. In other networks, and in those
+    that `as_backbone` makes, the embedding stays as it is. The layers that remain are those of `backbone`, with their
+    weights.
 
     Args:
         backbone: functional model from image to `feature_map`, `embedding` and `logits`.

@@ -176,5 +176,7 @@ class DFAAT(DFA):
 def _head(backbone: keras.Model) -> Any:
     head = backbones.orthogonal_head(backbone)
     if head is None or not head.use_abs:
-        raise UsageError("dfa needs a backbone with frozen orthonormal axes; pass --backbone_head=orthogonal")
+        raise UsageError(
+            "dfa needs frozen orthonormal axes whose absolute cosines are the logits; pass --backbone_head=orthogonal"
+        )
     return head

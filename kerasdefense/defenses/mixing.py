@@ -81,4 +81,7 @@ def check_mixing(alpha: float, per: str) -> None:
 def _over_replicas(values: tf.Tensor) -> tf.Tensor:
     """Return the tensors of all replicas one behind the other, as they are in the global batch."""
     replica = tf.distribute.get_replica_context()
-    return values if replica.num_replicas_in_sync == 1 else replica.all_gather(values, axis=0)
+    if replica.num_replicas_in_sync == 1:
+        return values
+    gathered = replica.all_gather(values, axis=0)
+    return tf.reshape(gathered, tf.shape(gathered))  # so that its gradient is dense: all_gather takes no sparse one

@@ -27,7 +27,8 @@ from kerasdefense.training import mirrored
 from kerasdefense.types import UsageError
 
 CLASSES = 4
-SETTINGS = {name: {"width": 2} for name in BACKBONES} | {"wide_resnet": {"width": 1, "depth": 10}}
+WIDE = ("wide_resnet", "dfa_wide_resnet")
+SETTINGS = {name: {"width": 2} for name in BACKBONES} | {name: {"width": 1, "depth": 10} for name in WIDE}
 BLOCKS = {"resnet8": 1, "resnet14": 2, "resnet20": 3, "resnet18": 2}
 DENOISING = {name: name.removeprefix("osdn_") for name in BACKBONES if name.startswith("osdn_")}
 """Backbones whose embedding is a dense layer on the mean of the feature map, by the name of their trunk."""
@@ -87,8 +88,10 @@ def size(name, channels):
     """Kernel values (with the few biases of denoising blocks), channels that are normalised, size of the embedding."""
     if name == "small_cnn":
         return *small_cnn_size(channels, 2), 8
-    if name == "wide_resnet":
-        return *wide_resnet_size(channels, 1, depth=10), 64
+    if name in WIDE:
+        kernels, normalised = wide_resnet_size(channels, 1, depth=10)
+        biases = 16 + 2 * 16 + 3 * 32 + 3 * 64  # of the stem, then of each stage, with a shortcut where it widens
+        return kernels + (biases if name == "dfa_wide_resnet" else 0), normalised, 64
     stages = 4 if name.endswith("resnet18") else 3
     if name in DENOISING:
         return *denoising_size(channels, 2, stages=stages, blocks_per_stage=BLOCKS[DENOISING[name]]), 8 * 2
@@ -154,9 +157,10 @@ def test_embedding_is_of_the_mean_of_the_feature_map_and_logits_its_affine_map(n
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_convolutions_have_no_bias_and_batch_normalisation_is_fused(name):
+def test_convolutions_have_no_bias_but_those_of_dfa_and_batch_normalisation_is_fused(name):
     layers = narrow(name, (8, 8, 1)).layers
-    assert not any(layer.use_bias for layer in layers if isinstance(layer, keras.layers.Conv2D))
+    biased = {layer.use_bias for layer in layers if isinstance(layer, keras.layers.Conv2D)}
+    assert biased == {name == "dfa_wide_resnet"}
     batch_normalisations = [each for each in layers if isinstance(each, keras.layers.BatchNormalization)]
     assert batch_normalisations
     for layer in batch_normalisations:

@@ -13,9 +13,13 @@ from kerasdefense.defenses import DEFENSES, Defense
 from kerasdefense.training import mirrored
 
 SHAPE, CLASSES, BATCH = (8, 8, 1), 3, 8
+ORTHOGONAL = config.Backbone(name="small_cnn", width=4, head="orthogonal")
 CASES = {
+    "dfa": {"attack": PGD(epsilon=0.1, steps=2, keep="last"), "architecture": ORTHOGONAL},
+    "dfa_at": {"attack": PGD(epsilon=0.1, steps=2, keep="last"), "architecture": ORTHOGONAL},
     "fgsm_rs": {"attack": FGSMRS(epsilon=0.1)},
     "mart": {"attack": PGD(epsilon=0.1, steps=2, keep="last")},
+    "mixup": {"attack": PGD(epsilon=0.1, steps=2, keep="last")},
     "osdn_caml": {"attack": PGD(epsilon=0.1, steps=2, keep="last")},
     "pgd_at": {"attack": PGD(epsilon=0.1, steps=2, keep="last")},
     "standard": {"attack": PGD(epsilon=0.1, steps=2, keep="last")},
@@ -26,13 +30,15 @@ CASES = {
 SMALL = config.Backbone(name="small_cnn", width=4)
 
 
-def make(name, optimizer=None, precision="float32", architecture=SMALL, **kwargs):
+def make(name, optimizer=None, precision="float32", **kwargs):
     keras.utils.set_random_seed(3)
+    settings = {"architecture": SMALL, **CASES[name], **kwargs}
+    architecture = settings.pop("architecture")
     backbone = backbones.build(architecture, image_shape=SHAPE, classes=CLASSES)
     if precision != "float32":
         backbone = backbones.with_precision(backbone, precision)
     validation = PGD(epsilon=0.1, steps=2, keep="last")
-    defense = DEFENSES[name](backbone, validation_attack=validation, **CASES[name], **kwargs)
+    defense = DEFENSES[name](backbone, validation_attack=validation, **settings)
     defense.compile(optimizer or keras.optimizers.SGD(0.1, momentum=0.9))
     return defense
 
@@ -57,13 +63,13 @@ def without_bessels_correction(defense):
     return defense
 
 
-def check_replicas(name, architecture=SMALL):
+def check_replicas(name, **kwargs):
     """Assert that two replicas train and report as one does."""
     data = make_data(1)
     defenses, histories = [], []
     for devices in (1, 2):
         with mirrored(("/device:CPU:0", "/device:CPU:1")[:devices]).scope():
-            made = make(name, keras.optimizers.SGD(0.1), architecture=architecture)
+            made = make(name, keras.optimizers.SGD(0.1), **kwargs)
             defenses.append(without_bessels_correction(made))
         histories.append(defenses[-1].fit(dataset(data), verbose=0).history)
     for one, two in zip(*(defense.get_weights() for defense in defenses)):
@@ -74,7 +80,7 @@ def check_replicas(name, architecture=SMALL):
 
 @pytest.mark.slow
 def test_two_replicas_equal_one_through_denoising_blocks():
-    check_replicas("osdn_caml", config.Backbone(name="osdn_resnet8", width=2))
+    check_replicas("osdn_caml", architecture=config.Backbone(name="osdn_resnet8", width=2))
 
 
 def test_cases_cover_registry():
@@ -167,7 +173,7 @@ class TestDefense:
     def test_perturbed_weights_are_put_back_exactly(self, name):
         """With a learning rate of 0 nothing moves but the statistics of the one pass at the perturbed weights."""
         data = make_data(1)
-        plain, perturbed = make(name, keras.optimizers.SGD(0.0)), make(name, keras.optimizers.SGD(0.0), awp_gamma=0.1)
+        plain, perturbed = make(name, keras.optimizers.SGD(0.0)), make(name, keras.optimizers.SGD(0.0), awp_gamma=0.01)
         before = [variable.numpy() for variable in perturbed.trainable_variables]
         histories = [each.fit(dataset(data), verbose=0).history for each in (plain, perturbed)]
         assert sum(histories[1][term][0] for term in plain.terms) > sum(histories[0][term][0] for term in plain.terms)
@@ -183,12 +189,12 @@ class TestDefense:
             losses = defense.train_on_batch(data["image"], data["label"], return_dict=True)
             assert all(np.isfinite(loss) for loss in losses.values())
         assert float(defense.optimizer.loss_scale) == scale  # no gradient overflowed
-        before = defense.backbone.get_layer("logits").get_weights()
+        before = [variable.numpy() for variable in defense.backbone.trainable_variables]
         overflowing = np.float32(2.0) ** 126
         defense.optimizer._loss_scale._current_loss_scale.assign(overflowing)
         defense.train_on_batch(data["image"], data["label"])
         assert float(defense.optimizer.loss_scale) == overflowing / 2  # the step was left out
-        for found, expected in zip(defense.backbone.get_layer("logits").get_weights(), before):
+        for found, expected in zip(defense.backbone.trainable_variables, before):
             np.testing.assert_array_equal(found, expected)
 
     def test_no_retrace_after_first_step(self, name):

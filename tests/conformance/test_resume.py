@@ -9,6 +9,9 @@ from kerasdefense import config, data, training
 from kerasdefense.defenses import DEFENSES
 from kerasdefense.training import fitting
 
+HEADS = {"dfa": "orthogonal", "dfa_at": "orthogonal"}
+"""Defenses whose classes are frozen axes."""
+
 
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory):
@@ -25,7 +28,7 @@ def variables(defense):
 def test_resume_goes_on_bit_for_bit(name, splits, tmp_path, monkeypatch):
     monkeypatch.setattr(fitting, "_displays", lambda *given: [])
     run = config.Run(
-        backbone=config.Backbone(name="small_cnn", width=4),
+        backbone=config.Backbone(name="small_cnn", width=4, head=HEADS.get(name, "dense")),
         attack=config.Attack(epsilon=0.1, steps=1),
         defense=config.Defense(name=name, awp_gamma=0.01),
         train=config.Train(
