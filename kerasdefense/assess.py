@@ -53,6 +53,7 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
     if wanted.resume == "never":
         shutil.rmtree(journal, ignore_errors=True)
     fitted = recognition.fit(run, splits, model, own)  # first, so that what cannot be fitted costs no attack
+    surrogates = _surrogates(run, splits)
     options = Options(
         examples=min(wanted.examples or splits.test.examples, splits.test.examples),
         chunk_size=wanted.chunk_size,
@@ -60,10 +61,10 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
         minutes=wanted.minutes,
         progress=run.progress,
         journal=journal,
-        model=model.digest,
+        model=" ".join(each.digest for each in (model, *surrogates.values())),
     )
     results = evaluation.evaluate(
-        {**model.attack_paths, **_surrogates(run, splits)},
+        {**model.attack_paths, **{name: each.attack_paths["exact"] for name, each in surrogates.items()}},
         splits.test.batches(wanted.chunk_size),
         threat_model,
         wanted.suite,
@@ -130,17 +131,17 @@ def _config(run: config.Run) -> dict[str, Any]:
     return {name: settings[name] for name in ("mode", "run_dir", "strict", "data", "evaluate", "detector")}
 
 
-def _surrogates(run: config.Run, splits: Splits) -> dict[str, Any]:
-    """Return the exact paths of the surrogates, by the names that evaluation knows them by."""
-    paths = {}
+def _surrogates(run: config.Run, splits: Splits) -> dict[str, Loaded]:
+    """Return the surrogates, by the names that evaluation knows their paths by."""
+    surrogates: dict[str, Loaded] = {}
     for each in filter(None, run.evaluate.surrogates.split(",")):
         model = evaluation.load_model(Path(each))
         evaluation.check_fits(model, splits.image_shape, len(splits.labels), splits.name)
         name = f"{SURROGATE}{model.name}"
-        if name in paths:
+        if name in surrogates:
             raise UsageError(f"--evaluate_surrogates names two models called {model.name}; rename one")
-        paths[name] = model.attack_paths["exact"]
-    return paths
+        surrogates[name] = model
+    return surrogates
 
 
 def _write(run_dir: Path, results: Mapping[str, Any], splits: Splits, model: Loaded) -> None:

@@ -48,8 +48,10 @@ def build(backbone: config.Backbone, *, image_shape: ImageShape, classes: int) -
         classes: number of classes of the data, at least 2.
     """
     model = _with_dense_head(backbone, image_shape, classes)
-    wants_axes = backbone.head == "orthogonal" and orthogonal_head(model) is None
-    return with_orthogonal_head(model) if wants_axes else model
+    has_axes = orthogonal_head(model) is not None
+    if has_axes and backbone.head != "orthogonal":
+        raise UsageError(f"the classes of {backbone.path} are frozen axes: pass --backbone_head=orthogonal")
+    return model if has_axes or backbone.head == "dense" else with_orthogonal_head(model)
 
 
 def _with_dense_head(backbone: config.Backbone, image_shape: ImageShape, classes: int) -> keras.Model:

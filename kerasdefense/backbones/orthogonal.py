@@ -16,9 +16,9 @@ def with_orthogonal_head(backbone: keras.Model, *, use_abs: bool = True, seed: O
 
     Axes have coordinates of either sign, which embeddings that are never negative cannot follow. So what is left out is
     a ReLU that gives the embedding, or else one that gives the feature map whose mean the embedding is; with it a batch
-    normalisation of the sum of a residual block, as pre-activated networks end in. In other networks, and in those
-    that `as_backbone` makes, the embedding stays as it is. The layers that remain are those of `backbone`, with their
-    weights.
+    normalisation of the sum of a residual block, as pre-activated networks end in. In other networks, such as those
+    whose last convolution rectifies by itself, the embedding stays as it is. The layers that remain are those of
+    `backbone`, with their weights.
 
     Args:
         backbone: functional model from image to `feature_map`, `embedding` and `logits`.
@@ -28,15 +28,8 @@ def with_orthogonal_head(backbone: keras.Model, *, use_abs: bool = True, seed: O
     Raises:
         UsageError: more classes than the embedding has dimensions.
     """
-    feature_map, embedding = backbone.output["feature_map"], backbone.output["embedding"]
-    classes = backbone.output["logits"].shape[-1]
-    layer, source = _behind(embedding)
-    if isinstance(layer, keras.layers.ReLU):
-        embedding = source
-    elif isinstance(layer, keras.layers.GlobalAveragePooling2D) and source is feature_map:
-        feature_map = _without_rectifier(feature_map)
-        embedding = type(layer).from_config(layer.get_config())(feature_map)
-    axes = OrthogonalHead(classes, use_abs=use_abs, seed=seed)
+    feature_map, embedding = _signed(backbone.output["feature_map"], backbone.output["embedding"])
+    axes = OrthogonalHead(backbone.output["logits"].shape[-1], use_abs=use_abs, seed=seed)
     outputs = {"feature_map": feature_map, "embedding": embedding, "logits": axes(embedding)}
     return keras.Model(backbone.input, outputs, name=backbone.name)
 
@@ -47,10 +40,29 @@ def orthogonal_head(backbone: keras.Model) -> Optional[OrthogonalHead]:
     return layer if isinstance(layer, OrthogonalHead) else None
 
 
+def _signed(feature_map: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both without the last ReLU before the embedding, if one can be left out."""
+    layer, source = _behind(embedding)
+    if isinstance(layer, keras.Model) and _behind(feature_map)[0] is layer:  # the trunk of a user's own model
+        inner = keras.Model(layer.inputs, _signed(*layer.outputs), name=layer.name)
+        feature_map, embedding = inner(source)
+    elif _is_relu(layer):
+        embedding = source
+    elif isinstance(layer, keras.layers.GlobalAveragePooling2D) and source is feature_map:
+        feature_map = _without_rectifier(feature_map)
+        embedding = type(layer).from_config(layer.get_config())(feature_map)
+    return feature_map, embedding
+
+
+def _is_relu(layer: keras.layers.Layer) -> bool:
+    is_activation = isinstance(layer, keras.layers.Activation) and layer.activation is keras.activations.relu
+    return isinstance(layer, keras.layers.ReLU) or is_activation
+
+
 def _without_rectifier(feature_map: Tensor) -> Tensor:
     """Return what enters the last ReLU, or the batch normalisation of a sum before it; the same if there is none."""
     rectifier, tensor = _behind(feature_map)
-    if not isinstance(rectifier, keras.layers.ReLU):
+    if not _is_relu(rectifier):
         return feature_map
     normalisation, total = _behind(tensor)
     if isinstance(normalisation, keras.layers.BatchNormalization) and isinstance(_behind(total)[0], keras.layers.Add):

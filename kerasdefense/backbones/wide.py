@@ -33,7 +33,8 @@ def wide_resnet(
 
     Source: Zagoruyko and Komodakis 2016, table 1 and their code (batch normalisation and ReLU before each
     convolution, those before the first one shared with a 1x1 shortcut); with `late_stride` the code released with DFA
-    (Liu et al. 2022). Deviations: none; dropout 0.
+    (Liu et al. 2022). Deviations: none, dropout 0; theirs has no batch normalisation and ReLU before the pooling, and
+    so has this one `with_orthogonal_head`.
     """
     if depth < 10 or (depth - 4) % 6:
         raise UsageError(f"the depth of wide_resnet must be 6n + 4 (10, 16, 22, 28, ...), not {depth}")

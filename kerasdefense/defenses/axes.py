@@ -10,7 +10,7 @@ from kerasdefense.attacks.wrappers import smooth_abs
 from kerasdefense.types import PathFn
 
 LENGTHS = (0.1, 0.01, 0.001)
-"""How far from 0 the gradient of the absolute value is rounded off, from coarse to fine."""
+"""How far from 0 the gradient of the absolute value is rounded off."""
 
 
 def axis_paths(backbone: keras.Model) -> dict[str, PathFn]:

@@ -54,7 +54,7 @@ class Defense(keras.Model):
     released: ClassVar[Optional[Mapping[str, Any]]] = None
     """What the authors' release sets otherwise than the recommended settings; None = there is no release to follow."""
     caveat: ClassVar[str] = ""
-    """What the card of a model says besides where next to nothing stands under attack."""
+    """What the card of a model says besides, unless enough stands under attacks that adapt to the model."""
     parts: ClassVar[tuple[str, ...]] = ("backbone",)
     """Constructor arguments that are models, or None."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar, Optional
 
 import keras
 import tensorflow as tf
@@ -48,14 +49,18 @@ class DFA(Defense):
             their own: the same loss at half as much cost again, and moving statistics that count images twice.
 
     Source: the code released with DFA (Liu et al. 2022, arXiv 2205.07466), which its successor AdaptiveMix (2023)
-    repeats. Deviations: `share_forward`; moments of the optimizer are kept from epoch to epoch; the best epoch is
-    chosen on held-out images, by clean accuracy: attacks on bounded logits are weak on the way and would choose by it.
+    repeats. Deviations: `share_forward` (`--defense_preset=released` passes partners separately); images are normalised
+    as in the other backbones; the decay of weights is decoupled, and of kernels alone, where theirs is in the gradient
+    of every weight; moments of the optimizer are kept from epoch to epoch; the best epoch is chosen on held-out images,
+    by clean accuracy: attacks on bounded logits are weak, and would choose by that; there is no scale of the logits for
+    probabilities, which are nearly even.
     """
 
     caveat = (
         "DFA alone is not a defense: it regularises features, and what it was reported to withstand are attacks that "
-        "do not adapt to it. Use it for a compact embedding; where attacks are expected, train with dfa_at or pgd_at."
+        "do not adapt to it. Where attacks are expected, train on attacked images, as pgd_at does."
     )
+    released: ClassVar[Optional[Mapping[str, Any]]] = {"share_forward": False}
     terms = ("cross_entropy_loss", "aggregation_loss")
     monitor = CLEAN_ACCURACY
     settings = (
@@ -125,17 +130,8 @@ class DFA(Defense):
         return self.descend(forward)
 
     def directions(self, image: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Return the embeddings [batch, d] of `image` [batch, h, w, c], each at length 1.
-
-        In training, an embedding of zero stops the step: it has no direction to learn from.
-        """
-        embedding = self.backbone(image, training=training)["embedding"]
-        if training:
-            is_zero = tf.reduce_any(tf.reduce_all(tf.equal(embedding, 0), axis=-1))
-            message = "the embedding of a training image is zero, which has no direction; lower --train_learning_rate"
-            with tf.control_dependencies([tf.debugging.Assert(~is_zero, [message])]):
-                embedding = tf.identity(embedding)
-        return self.head.direction(embedding)
+        """Return the embeddings [batch, d] of `image` [batch, h, w, c], each at length 1."""
+        return self.head.direction(self.backbone(image, training=training)["embedding"])
 
     @property
     def attack_budget(self) -> int:
@@ -154,11 +150,17 @@ class DFAAT(DFA):
     1. Craft adversarial images that maximise the cross-entropy of the logits, BatchNormalization in inference mode.
     2. Take the steps of DFA with these in place of the images.
 
+    `objective="cross_entropy_x10"` or "margin" makes the attack of step 1 follow the nearest class, where cross-entropy
+    of bounded logits pushes all others up nearly alike. The validation attack, by which the best epoch is chosen, keeps
+    to that cross-entropy.
+
     Args: as of DFA; `attack` is that of step 1.
 
     Source: none; the mixing of adversarial images is ours. Deviations: does not apply.
     """
 
+    caveat = ""
+    released = None
     monitor = ADVERSARIAL_ACCURACY
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:

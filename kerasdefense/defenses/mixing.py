@@ -11,6 +11,8 @@ from kerasdefense.types import UsageError
 
 PER = ("batch", "sample")
 """What has a mixing weight of its own."""
+LEAST_ALPHA = 0.05
+"""Below it too many draws are smaller than any number in float32."""
 _SHUFFLE, _FIRST, _SECOND, _NOISE = -1, -2, -3, -4  # no image has such an index
 
 
@@ -55,7 +57,7 @@ def draw(index: tf.Tensor, seed: int, step: tf.Tensor, *, alpha: float, per: str
         index: int32 [batch], of the images; its length counts.
         seed: the run's seed.
         step: int64 scalar, the training step.
-        alpha: above 0.
+        alpha: at least LEAST_ALPHA.
         per: "batch" or "sample".
     """
     sizes = _over_replicas(tf.shape(index)[:1])
@@ -72,8 +74,8 @@ def draw(index: tf.Tensor, seed: int, step: tf.Tensor, *, alpha: float, per: str
 
 def check_mixing(alpha: float, per: str) -> None:
     """Raise a UsageError for what `draw` cannot draw."""
-    if not 0 < alpha < float("inf"):
-        raise UsageError(f"mix_alpha, of the Beta distribution, must be a finite number above 0, not {alpha:g}")
+    if not LEAST_ALPHA <= alpha < float("inf"):
+        raise UsageError(f"mix_alpha, of the Beta distribution, must be above 0, at least {LEAST_ALPHA}, not {alpha:g}")
     if per not in PER:
         raise UsageError(f"mix_per must be one of {', '.join(PER)}, not {per!r}")
 

@@ -19,7 +19,7 @@ from kerasdefense.evaluation.probes import Radii, Subject
 from kerasdefense.evaluation.report import accuracy_interval
 from kerasdefense.evaluation.robustness import Measured, Options, measure
 from kerasdefense.evaluation.sanity import battery, security_curve
-from kerasdefense.evaluation.search import Chunk, ExactPath
+from kerasdefense.evaluation.search import FEATURES, Chunk, ExactPath
 from kerasdefense.evaluation.suites import EOT_DRAWS, SUITES, SURROGATE, PlannedAttack, Suite, ThreatModel
 from kerasdefense.evaluation.unseen import unseen
 from kerasdefense.types import InputError, PathFn, UsageError, look_up
@@ -96,9 +96,8 @@ def evaluate(
             options = dataclasses.replace(options, journal=folder)
         measured = measure(attack_paths, dataset, plan, options, features=features, save=save)
         results = summary(measured, threat_model)
-        results |= {
-            "flags": {**flags, "randomised": is_random, "classes": classes, "skipped": _skipped(plan, attack_paths)}
-        }
+        skipped = _skipped(plan, attack_paths, features)
+        results["flags"] = {**flags, "randomised": is_random, "classes": classes, "skipped": skipped}
         size = min(RANDOM_SANITY_EXAMPLES, sanity_examples) if is_random else sanity_examples
         size = min(size, options.examples or size)
         if size and measured.complete:
@@ -137,11 +136,14 @@ def _with_classes(path: PathFn, classes: int) -> PathFn:
     return shaped
 
 
-def _skipped(plan: Sequence[PlannedAttack], attack_paths: Mapping[str, PathFn]) -> list[str]:
-    """Return the attacks that did not run, for want of a surrogate to look on."""
-    if any(name.startswith(SURROGATE) for name in attack_paths):
-        return []
-    return [planned.name for planned in plan if planned.transfer]
+def _skipped(plan: Sequence[PlannedAttack], attack_paths: Mapping[str, PathFn], features: Any) -> list[str]:
+    """Return the attacks that did not run, for want of a surrogate to look on or of features to match."""
+    has_surrogate = any(name.startswith(SURROGATE) for name in attack_paths)
+    return [
+        planned.name
+        for planned in plan
+        if (planned.transfer and not has_surrogate) or (planned.objective == FEATURES and features is None)
+    ]
 
 
 def summary(measured: Measured, threat_model: ThreatModel) -> dict[str, Any]:

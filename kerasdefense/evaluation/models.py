@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from kerasdefense.backbones.head import layer_of, weights, without_softmax
 from kerasdefense.backbones.own import as_backbone, read
+from kerasdefense.defenses.axes import axis_paths
 from kerasdefense.detectors import Head
 from kerasdefense.evaluation import digests, interfaces
 from kerasdefense.evaluation.interfaces import UNKNOWN, Shape, classes_of, image_shape_of, in_words, selected
@@ -191,8 +192,12 @@ def _with_embedding(loaded: Loaded, model: keras.Model, outputs: Any) -> Loaded:
         except InputError:  # no global pooling, say: its logits are all there is
             return loaded
         logits = tells.output["logits"]
-    activations = functools.partial(tells, training=False)
-    return loaded._replace(activations=activations, has_embedding=True, head=_head(logits))
+    return loaded._replace(
+        attack_paths={**loaded.attack_paths, **axis_paths(tells)},
+        activations=functools.partial(tells, training=False),
+        has_embedding=True,
+        head=_head(logits),
+    )
 
 
 def _head(logits: Any) -> Optional[Head]:

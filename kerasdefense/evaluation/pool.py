@@ -89,11 +89,11 @@ class Pool:
         self._inputs = (tf.constant(chunk.image), context)
 
     def _references(self, rows: np.ndarray) -> np.ndarray:
-        """Return what is to be matched, of a clean image of another class for each row, another one in each run."""
-        count = len(self.block.label)
+        """Return what is to be matched, for each row and run of another clean image, not taken for the row's class."""
+        count, answer = len(self.block.label), self.logits.argmax(axis=1)
         found = (rows + 1 + self.run * 7919) % count
         for _ in range(count):
-            same = self.block.label[found] == self.block.label[rows]
+            same = answer[found] == self.block.label[rows]
             if not same.any():
                 break
             found = np.where(same, (found + 1) % count, found)

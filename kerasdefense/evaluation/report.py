@@ -162,7 +162,7 @@ def note(results: Mapping[str, Any], suite: str) -> str:
         words.insert(0, "Upper bound: the time was up before all attacks were through.")
     skipped = results["flags"].get("skipped")
     if skipped:
-        words.append(f"No surrogate was given, so {' and '.join(skipped)} did not run.")
+        words.append(f"For want of surrogates or features, {' and '.join(skipped)} did not run.")
     failed = [item["id"] for item in results["sanity"] if item["gates"] and item["status"] == "fail"]
     if failed:
         words.insert(0, f"Not to be trusted: {', '.join(failed)} of the sanity battery failed.")

@@ -175,7 +175,9 @@ class Search:
     def _check_objective(self) -> None:
         known: tuple[str, ...] = (*LABEL_ONLY, LOGITS) if self._features is None else (*LABEL_ONLY, LOGITS, FEATURES)
         if self.attack.targets:
-            known += ("targeted_cross_entropy", "targeted_dlr", SIGNED)
+            known += ("targeted_cross_entropy", "targeted_dlr")
+        if self.path_name == "signed" and self.attack.targets and self.attack.targets % 2 == 0:  # two ends of each axis
+            known += (SIGNED,)
         if self.planned.objective not in known:
             raise UsageError(
                 f"attack {self.name} must maximise one of {', '.join(known)}, not {self.planned.objective}"

@@ -161,7 +161,7 @@ def _cleverhans(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack,
 
 
 def _apgd_signed(norm: str, epsilon: float, classes: int) -> PlannedAttack:
-    """Return APGD on signed scores, to both ends of the axis of each of the likeliest classes."""
+    """Return APGD on signed scores, to both ends of the axis of each of the nine likeliest classes."""
     attack = APGD(norm, epsilon, targets=2 * min(TARGETS, classes - 1))
     return PlannedAttack("apgd_signed", attack, "signed_target", path="signed")
 
@@ -188,6 +188,7 @@ def _transfer(norm: str, epsilon: float) -> tuple[PlannedAttack, ...]:
     return (
         PlannedAttack("transfer_mi_fgsm", ATTACKS["mi_fgsm"](norm=norm, epsilon=epsilon), transfer=True),
         PlannedAttack("transfer_apgd_ce", APGD(norm, epsilon), transfer=True),
+        PlannedAttack("transfer_apgd_margin", APGD(norm, epsilon), "margin", transfer=True),
     )
 
 

@@ -70,23 +70,27 @@ def card(
 
 
 def about(defense: str, measured: Optional[Mapping[str, Any]]) -> list[str]:
-    """Return what a card says first: what stands under attack, and what to think of it where that is next to nothing.
+    """Return what a card says first: what stands under attack, and the method's caveat unless that refutes it.
 
     Args:
         defense: key of DEFENSES.
         measured: what `figures` gave, None if the model was not evaluated.
     """
+    caveat = look_up(DEFENSES, defense, "defense").caveat
+    said = [caveat] if caveat else []
     if measured is None:
-        return ["Not evaluated: how far it holds up under attack is not known."]
+        return ["Not evaluated: how far it holds up under attack is not known.", *said]
     robust, clean, threat = measured["robust_accuracy"], measured["clean_accuracy"], measured["threat_model"]
     low, high = (100 * bound for bound in robust["ci95"])
     ball = f"the {threat['norm']} ball of radius {radius(threat['epsilon'])}"
-    lines = [
-        f"The suite {measured['suite']} leaves {100 * robust['value']:.1f} % of {robust['n']:,} test images right in "
-        f"{ball} (95 % interval {low:.1f} to {high:.1f} %); clean accuracy {100 * clean['value']:.1f} %."
-    ]
-    caveat = look_up(DEFENSES, defense, "defense").caveat
-    return [*lines, caveat] if caveat and robust["ci95"][1] < NEXT_TO_NOTHING else lines
+    bound = "" if measured["complete"] else "at most "
+    line = (
+        f"The suite {measured['suite']} leaves {bound}{100 * robust['value']:.1f} % of {robust['n']:,} test images "
+        f"right in {ball} (95 % interval {low:.1f} to {high:.1f} %); clean accuracy {100 * clean['value']:.1f} %."
+    )
+    line += "" if measured["trusted"] else " Not to be trusted: the sanity battery failed."
+    is_sure = measured["suite"] == "adaptive" and measured["complete"] and measured["trusted"]
+    return [line] if is_sure and robust["ci95"][0] > NEXT_TO_NOTHING else [line, *said]
 
 
 def _without_places(run: config.Run) -> config.Run:

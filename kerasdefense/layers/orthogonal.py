@@ -18,8 +18,8 @@ class OrthogonalHead(keras.layers.Layer):
 
     `logits = |direction(embedding) @ kernel|`, where `direction` divides by the length and the columns of `kernel` are
     orthonormal. So each logit is in [0, gain], the sum of their squares at most gain^2, and neither the embedding's
-    length nor its sign counts: a class is a line through the origin. An embedding of zero has logits of zero. It
-    computes in float32, in whatever precision the rest does.
+    length nor its sign counts: a class is a line through the origin. An embedding of zero has logits of zero; in
+    training it stops the step. The layer computes in float32, in whatever precision the rest does.
 
     Args:
         classes: number of classes, at least 2; no more than the embedding has dimensions.
@@ -56,9 +56,18 @@ class OrthogonalHead(keras.layers.Layer):
         )
         super().build(input_shape)
 
-    def call(self, embedding: tf.Tensor) -> tf.Tensor:
-        """Return logits [batch, classes] of `embedding` [batch, d]."""
-        return self.logits_of(self.direction(embedding))
+    def call(self, embedding: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Return logits [batch, classes] of `embedding` [batch, d].
+
+        In training an embedding of zero stops the step: it has no direction, and nothing would be learnt of it.
+        """
+        direction = self.direction(embedding)
+        if training:
+            is_zero = tf.reduce_any(tf.reduce_all(tf.equal(direction, 0), axis=-1))
+            message = "the embedding of a training image is zero, which has no direction; lower --train_learning_rate"
+            with tf.control_dependencies(filter(None, [tf.debugging.Assert(~is_zero, [message])])):
+                direction = tf.identity(direction)
+        return self.logits_of(direction)
 
     def direction(self, embedding: tf.Tensor) -> tf.Tensor:
         """Return `embedding` [batch, d] at length 1 in float32; zeros stay."""

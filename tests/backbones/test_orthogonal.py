@@ -190,12 +190,22 @@ def test_relu_is_left_out_that_gives_the_embedding_or_the_map_of_which_it_is_the
         np.testing.assert_array_equal(outputs["embedding"], model(IMAGE)["embedding"])
 
 
-def test_embedding_of_an_own_model_stays_as_it_is():
+@pytest.mark.parametrize("rectifier", [layers.ReLU(), layers.Activation("relu")], ids=["layer", "activation"])
+def test_relu_of_an_own_model_is_left_out_and_its_weights_are_kept(rectifier):
     image = keras.Input(SHAPE)
-    pooled = layers.GlobalAveragePooling2D()(layers.ReLU()(layers.Conv2D(6, 3)(image)))
-    model = as_backbone(keras.Model(image, layers.Dense(CLASSES, activation="softmax")(pooled)))
+    rectified = rectifier(layers.Conv2D(6, 3)(image))
+    dense = layers.Dense(CLASSES, activation="softmax")
+    model = as_backbone(keras.Model(image, dense(layers.GlobalAveragePooling2D()(rectified))))
     outputs = with_orthogonal_head(model)(IMAGE)
-    np.testing.assert_array_equal(outputs["embedding"], model(IMAGE)["embedding"])
+    assert np.min(outputs["embedding"]) < 0
+    np.testing.assert_allclose(tf.nn.relu(outputs["feature_map"]), model(IMAGE)["feature_map"], atol=1e-6)
+
+
+def test_convolution_of_an_own_model_that_rectifies_stays_as_it_is():
+    image = keras.Input(SHAPE)
+    pooled = layers.GlobalAveragePooling2D()(layers.Conv2D(6, 3, activation="relu")(image))
+    model = as_backbone(keras.Model(image, layers.Dense(CLASSES)(pooled)))
+    np.testing.assert_array_equal(with_orthogonal_head(model)(IMAGE)["embedding"], model(IMAGE)["embedding"])
 
 
 def test_axes_are_drawn_by_the_seed_of_the_run():
@@ -214,6 +224,8 @@ def test_own_model_with_axes_keeps_them(tmp_path):
     own = config.Backbone(path=str(tmp_path / "own.keras"), head="orthogonal")
     built = build(own, image_shape=SHAPE, classes=CLASSES)
     np.testing.assert_array_equal(built(IMAGE)["logits"], headed(IMAGE)["logits"])
+    with pytest.raises(UsageError, match=r"own\.keras are frozen axes: pass --backbone_head=orthogonal"):
+        build(config.Backbone(path=own.path), image_shape=SHAPE, classes=CLASSES)
 
 
 def test_more_classes_than_dimensions_are_refused():

@@ -9,6 +9,8 @@ from kerasdefense import backbones, evaluation
 from kerasdefense.attacks import APGD, PGD
 from kerasdefense.defenses import Standard
 from kerasdefense.evaluation import Options, PlannedAttack, ThreatModel
+from kerasdefense.evaluation.search import Search
+from kerasdefense.types import UsageError
 
 SEED = tf.zeros([6, 2], tf.int32)
 
@@ -74,9 +76,9 @@ def test_attacks_on_signed_and_smoothed_paths_and_features_break_images_in_the_b
             "features": features,
         }
         data = (image.numpy(), label)
-        return evaluation.evaluate(loaded.attack_paths, data, ThreatModel("linf", 0.3), plan, **settings)["attacks"]
+        return evaluation.evaluate(loaded.attack_paths, data, ThreatModel("linf", 0.3), plan, **settings)
 
-    found = run(plan, loaded.features)
+    found = run(plan, loaded.features)["attacks"]
     assert [(each["name"], each["path"]) for each in found] == [
         ("smoothed", "smoothed:0.1"),
         ("smoothed", "smoothed:0.01"),
@@ -87,4 +89,37 @@ def test_attacks_on_signed_and_smoothed_paths_and_features_break_images_in_the_b
     for each in found:
         assert each["accuracy"] < 1 and each["unconfirmed"] == 0, each["name"]
     plan = [*plan[2:], PlannedAttack("pgd1", PGD("linf", 0.3, steps=1))]
-    assert [each["name"] for each in run(plan, None)] == ["pgd1"]  # nothing to match
+    without = run(plan, None)
+    assert [each["name"] for each in without["attacks"]] == ["pgd1"] and without["flags"]["skipped"] == ["features"]
+
+
+def test_plain_keras_model_with_axes_has_their_paths_too(defense, image):
+    paths = evaluation.as_paths(defense.backbone).attack_paths
+    assert set(paths) == set(defense.attack_paths())
+    np.testing.assert_allclose(paths["signed"](image, SEED), defense.attack_paths()["signed"](image, SEED), atol=1e-6)
+
+
+def test_attack_on_signed_scores_breaks_what_attacks_on_logits_turn_away_from():
+    """The score of class 1 is 0.2 at a black image and -0.34 at one of grey 0.3; |score| falls first on the way."""
+
+    def signed(image, seed):
+        grey = tf.reduce_mean(image, axis=(1, 2, 3))
+        return tf.stack([tf.fill(tf.shape(grey), 0.25), 0.2 - 6 * tf.square(grey)], axis=1)
+
+    paths = {"exact": lambda image, seed: tf.abs(signed(image, seed)), "signed": signed}
+    plan = [
+        PlannedAttack("ce", APGD("linf", 0.3, steps=20)),
+        PlannedAttack("margin", APGD("linf", 0.3, steps=20), "margin"),
+        PlannedAttack("signed", APGD("linf", 0.3, steps=20, targets=2), "signed_target", path="signed"),
+    ]
+    data = np.zeros([2, 8, 8, 1], np.float32), np.zeros(2, np.int64)
+    settings = {"options": Options(chunk_size=2), "is_randomised": False, "sanity_examples": 0}
+    results = evaluation.evaluate(paths, data, ThreatModel("linf", 0.3), plan, **settings)
+    assert [each["accuracy"] for each in results["attacks"]] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(("path", "targets"), [("exact", 2), ("signed", 3)])
+def test_signed_targets_need_the_signed_path_and_both_ends(path, targets):
+    planned = PlannedAttack("mine", APGD("linf", 0.3, targets=targets), "signed_target")
+    with pytest.raises(UsageError, match=r"mine.* must maximise one of .*, not signed_target"):
+        Search(planned, path, lambda image, seed: image, stream=0, seed=0, chunk_size=2)

@@ -322,10 +322,16 @@ def test_flags_can_say_nothing_and_can_say_zero(name):
         defenses.build(other, encoder())
 
 
+def test_release_passes_partners_separately_and_has_no_adversarial_variant():
+    assert not defenses.build(config.Run(defense=config.Defense("dfa", "released")), encoder()).share_forward
+    with pytest.raises(UsageError, match="dfa_at has no release to follow"):
+        defenses.build(config.Run(defense=config.Defense("dfa_at", "released")), encoder())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mix_alpha": 0.0}, "mix_alpha, .* must be a finite number above 0, not 0"),
+        ({"mix_alpha": 0.0}, r"mix_alpha, .* must be above 0, at least 0\.05, not 0"),
         ({"mix_per": "image"}, "mix_per must be one of batch, sample, not 'image'"),
         ({"noise_std": -0.1}, "noise_std and agg_weight must be at least 0, not -0.1 and 1"),
         ({"noise_std": float("nan")}, "must be at least 0, not nan and 1"),

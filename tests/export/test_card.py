@@ -130,11 +130,23 @@ def test_card_begins_with_what_stands_under_attack():
     assert make_card(results=None)["about"] == ["Not evaluated: how far it holds up under attack is not known."]
 
 
-def test_card_of_dfa_says_that_it_is_no_defense_where_next_to_nothing_stands():
-    broken = {**RESULTS, "robust_accuracy": {"value": 0.01, "n": 1000, "ci95": [0.005, 0.02]}}
+def test_card_of_dfa_says_that_it_is_no_defense_unless_adaptive_attacks_leave_enough():
+    broken = {"suite": "adaptive", "robust_accuracy": {"value": 0.01, "n": 1000, "ci95": [0.005, 0.02]}}
     dfa, standard = (config.Defense(name=name) for name in ("dfa", "standard"))
-    assert make_card(broken, defense=dfa)["about"][1].startswith("DFA alone is not a defense")
-    assert len(make_card(defense=dfa)["about"]) == len(make_card(broken, defense=standard)["about"]) == 1
+
+    def said(defense=dfa, **results):
+        return make_card({**RESULTS, **results}, defense=defense)["about"][1:]
+
+    for results in (broken, {"suite": "autoattack"}, {"suite": "adaptive", "trusted": False}):
+        (caveat,) = said(**results)
+        assert caveat.startswith("DFA alone is not a defense")
+    assert said(suite="adaptive") == said(standard, **broken) == []
+    assert make_card(results=None, defense=dfa)["about"][1].startswith("DFA alone is not a defense")
+
+
+def test_card_says_first_where_figures_are_a_bound_or_not_to_be_trusted():
+    (line,) = make_card({**RESULTS, "complete": False, "trusted": False})["about"]
+    assert "leaves at most 50.0 % of 10" in line and line.endswith("Not to be trusted: the sanity battery failed.")
 
 
 def test_card_names_the_file_of_an_own_model_without_its_folder():
@@ -177,8 +189,8 @@ def test_schema_rejects_a_wrong_value(place, value):
         export.check_card(card)
 
 
-# Cards of versions before there was a reject option say nothing of it.
-@pytest.mark.parametrize("key", sorted(set(complete(make_card())) - {"rejection"}))
+# Cards of versions before there were these two lack them.
+@pytest.mark.parametrize("key", sorted(set(complete(make_card())) - {"about", "rejection"}))
 def test_schema_rejects_a_missing_part(key):
     card = complete(make_card())
     del card[key]
