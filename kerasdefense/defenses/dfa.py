@@ -147,12 +147,12 @@ class DFA(Defense):
 class DFAAT(DFA):
     """DFA on adversarial images: an extension of this package, not of the paper.
 
-    1. Craft adversarial images that maximise the cross-entropy of the logits, BatchNormalization in inference mode.
+    1. Craft adversarial images that maximise the margin of another class, BatchNormalization in inference mode.
     2. Take the steps of DFA with these in place of the images.
 
-    `objective="cross_entropy_x10"` or "margin" makes the attack of step 1 follow the nearest class, where cross-entropy
-    of bounded logits pushes all others up nearly alike. The validation attack, by which the best epoch is chosen, keeps
-    to that cross-entropy.
+    Cross-entropy of bounded logits pushes all other classes up nearly alike; with `objective="cross_entropy"` and one
+    step, training collapsed where it was tried: right on its own adversarial images, on no others. The validation
+    attack, by which the best epoch is chosen, keeps to cross-entropy.
 
     Args: as of DFA; `attack` is that of step 1.
 
@@ -161,6 +161,7 @@ class DFAAT(DFA):
 
     caveat = ""
     released = None
+    own_objective = "margin"
     monitor = ADVERSARIAL_ACCURACY
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
