@@ -331,7 +331,7 @@ def test_release_passes_partners_separately_and_has_no_adversarial_variant():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mix_alpha": 0.0}, r"mix_alpha, .* must be above 0, at least 0\.05, not 0"),
+        ({"mix_alpha": 0.0}, r"mix_alpha, .* must be finite and at least 0\.05, not 0"),
         ({"mix_per": "image"}, "mix_per must be one of batch, sample, not 'image'"),
         ({"noise_std": -0.1}, "noise_std and agg_weight must be at least 0, not -0.1 and 1"),
         ({"noise_std": float("nan")}, "must be at least 0, not nan and 1"),

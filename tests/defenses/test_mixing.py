@@ -127,10 +127,10 @@ def test_replicas_of_any_size_draw_what_one_draws(per):
 @pytest.mark.parametrize(
     ("alpha", "per", "message"),
     [
-        (0.0, "batch", "mix_alpha, of the Beta distribution, must be above 0, at least 0.05, not 0"),
-        (-1.0, "batch", "above 0, at least 0.05, not -1"),
-        (float("nan"), "batch", "above 0, at least 0.05, not nan"),
-        (float("inf"), "batch", "above 0, at least 0.05, not inf"),
+        (0.0, "batch", "mix_alpha, of the Beta distribution, must be finite and at least 0.05, not 0"),
+        (-1.0, "batch", "finite and at least 0.05, not -1"),
+        (float("nan"), "batch", "finite and at least 0.05, not nan"),
+        (float("inf"), "batch", "finite and at least 0.05, not inf"),
         (1.0, "image", "mix_per must be one of batch, sample, not 'image'"),
     ],
 )

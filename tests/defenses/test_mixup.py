@@ -74,7 +74,7 @@ def test_mixup_crafts_nothing():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mix_alpha": -0.5}, "mix_alpha, .* must be above 0, at least 0.05, not -0.5"),
+        ({"mix_alpha": -0.5}, "mix_alpha, .* must be finite and at least 0.05, not -0.5"),
         ({"mix_per": "image"}, "mix_per must be one of batch, sample, not 'image'"),
     ],
 )
