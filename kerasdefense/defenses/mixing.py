@@ -75,7 +75,8 @@ def draw(index: tf.Tensor, seed: int, step: tf.Tensor, *, alpha: float, per: str
 def check_mixing(alpha: float, per: str) -> None:
     """Raise a UsageError for what `draw` cannot draw."""
     if not LEAST_ALPHA <= alpha < float("inf"):
-        raise UsageError(f"mix_alpha, of the Beta distribution, must be finite and at least {LEAST_ALPHA}, not {alpha:g}")
+        need = f"finite and at least {LEAST_ALPHA}"
+        raise UsageError(f"mix_alpha, of the Beta distribution, must be {need}, not {alpha:g}")
     if per not in PER:
         raise UsageError(f"mix_per must be one of {', '.join(PER)}, not {per!r}")
 
