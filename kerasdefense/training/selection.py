@@ -16,13 +16,16 @@ from kerasdefense.types import InputError, UsageError
 
 MASKED = 0.1
 """How far accuracy under the training attack must be above that under PGD for a fall to be called overfitting to it."""
+BLIND = 0.5
+"""How far it must be above for the training attack to be called blind, be there a fall or not."""
 
 
 class SelectBest(keras.callbacks.Callback):
     """Keep the epoch that is best on validation, and go back to it when training ends.
 
     With `guard`, training also ends on catastrophic overfitting: accuracy under the validation attack falls below half
-    of its best, and is at least 10 points below the accuracy under the attack that training crafts with.
+    of its best, and is at least 10 points below the accuracy under the attack that training crafts with; or it is at
+    least 50 points below, as where training has overfitted to its attack from the start.
 
     Args:
         folder: where the checkpoints of the best epochs are kept, `best-N.*`; the last three, so that training that
@@ -83,8 +86,9 @@ class SelectBest(keras.callbacks.Callback):
                 saving.save(self.manager, epoch + 1)
 
     def _has_collapsed(self, value: float, logs: dict[str, float]) -> bool:
-        """Return whether accuracy under PGD halved while that under the training attack stayed well above it."""
-        return value < 0.5 * self.best and logs[ADVERSARIAL_ACCURACY] - value > MASKED
+        """Return whether accuracy under PGD halved, or never rose, while that under the training attack is far above."""
+        above = logs.get(ADVERSARIAL_ACCURACY, value) - value
+        return above > BLIND or (value < 0.5 * self.best and above > MASKED)
 
     def on_train_end(self, logs: Optional[dict[str, float]] = None) -> None:
         """Restore the best epoch."""
@@ -101,7 +105,7 @@ class SelectBest(keras.callbacks.Callback):
             raise InputError(f"the best epoch, {path}, cannot be read; --train_resume=never trains anew") from error
         if self.collapsed_epoch is not None:
             print(
-                f"catastrophic overfitting in epoch {self.collapsed_epoch}: accuracy under attack fell below half of "
-                f"its best; training stopped and epoch {self.best_epoch} was restored",
+                f"catastrophic overfitting in epoch {self.collapsed_epoch}: accuracy under the validation attack is "
+                f"far below that under the training attack; training stopped, epoch {self.best_epoch} was restored",
                 file=sys.stderr,
             )

@@ -65,6 +65,12 @@ class TestSelectBest:
         assert (select.collapsed_epoch, select.best_epoch, weight) == (3, 2, 2.0)
         assert "catastrophic overfitting in epoch 3" in capsys.readouterr().err
 
+    def test_guard_stops_where_training_is_blind_from_the_start(self, tmp_path, capsys):
+        select, _ = self.fit(tmp_path, [0.02, 0.03, 0.04])
+        assert (select.collapsed_epoch, select.best_epoch) == (1, 1)
+        assert "far below that under the training attack; training stopped, epoch 1" in capsys.readouterr().err
+        assert self.fit(tmp_path / "near", [0.06, 0.07])[0].collapsed_epoch is None
+
     def test_guard_lets_the_warm_up_pass(self, tmp_path):
         select, _ = self.fit(tmp_path, [0.2, 0.05, 0.3, 0.1], guard_after=2)
         assert (select.collapsed_epoch, select.best_epoch) == (4, 3)
