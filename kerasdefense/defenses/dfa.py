@@ -58,7 +58,8 @@ class DFA(Defense):
 
     caveat = (
         "DFA alone is not a defense: it regularises features, and what it was reported to withstand are attacks that "
-        "do not adapt to it. Where attacks are expected, train on attacked images, as pgd_at does."
+        "do not adapt to it. What it is of use for is an embedding in which classes lie along nearly orthogonal lines. "
+        "Where attacks are expected, train on attacked images, as pgd_at does."
     )
     released: ClassVar[Optional[Mapping[str, Any]]] = {"share_forward": False}
     terms = ("cross_entropy_loss", "aggregation_loss")
