@@ -40,7 +40,7 @@ def results():
     measured = evaluate(
         {
             "exact": lambda image, seed: tf.reshape(image, [-1, 16]) @ weights,
-            "smoothed": lambda image, seed: -image[:, 0, :3, 0],
+            "bpda_identity": lambda image, seed: -image[:, 0, :3, 0],
         },
         tf.data.Dataset.from_tensor_slices(elements).batch(8),
         ThreatModel("linf", 32 / 255),
@@ -122,7 +122,7 @@ def test_table_shows_every_attack_the_worst_case_and_how_many_images(results):
         "clean",
         "100.0 %",
         "after fgsm ",
-        "after fgsm via smoothed",
+        "after fgsm via bpda_identity",
         "robust: worst of all",
         f"{100 * robust:.1f} %",
         "linf ball of radius 32/255, n = 8, seed 0",

@@ -136,8 +136,8 @@ def test_images_found_on_another_path_count_if_they_fool_the_exact_one():
     batches = make_batches(coded_images(label), label)
     alone = evaluate({"exact": rounded}, batches, PATH_SUITE)
     assert alone["robust_accuracy"]["value"] == 1  # its gradient is zero, and it masks that it is weak
-    both = evaluate({"exact": rounded, "smoothed": soft_class}, batches, PATH_SUITE)
-    assert accuracies(both) == [("pgd", "exact", 1, 1), ("pgd", "smoothed", 0, 0)]
+    both = evaluate({"exact": rounded, "bpda_identity": soft_class}, batches, PATH_SUITE)
+    assert accuracies(both) == [("pgd", "exact", 1, 1), ("pgd", "bpda_identity", 0, 0)]
     assert both["robust_accuracy"]["value"] == 0
 
 
