@@ -277,8 +277,10 @@ def test_figures_of_a_published_model_are_replaced(tmp_path):
     card = json.loads((published / "card.json").read_text())
     assert card == json.loads((published / "1/card.json").read_text())
     assert card["figures"]["suite"] == "autoattack" and card["figures"]["sanity"] == {"S1": "pass"}
-    assert {name: card[name] for name in card if name != "figures"} == {
-        name: before[name] for name in before if name != "figures"
+    assert card["about"][0].startswith("The suite autoattack leaves 41.7 % of 24 test images right")
+    replaced = ("about", "figures")
+    assert {name: card[name] for name in card if name not in replaced} == {
+        name: before[name] for name in before if name not in replaced
     }
     read = evaluation.read_outcomes(published)
     np.testing.assert_array_equal(read.robust, arrays["survived"][:, 0])
