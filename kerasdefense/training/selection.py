@@ -86,7 +86,7 @@ class SelectBest(keras.callbacks.Callback):
                 saving.save(self.manager, epoch + 1)
 
     def _has_collapsed(self, value: float, logs: dict[str, float]) -> bool:
-        """Return whether accuracy under PGD halved, or never rose, while that under the training attack is far above."""
+        """Return whether accuracy under PGD halved or never rose, while that under the training attack is far above."""
         above = logs.get(ADVERSARIAL_ACCURACY, value) - value
         return above > BLIND or (value < 0.5 * self.best and above > MASKED)
 
