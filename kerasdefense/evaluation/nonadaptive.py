@@ -1,6 +1,6 @@
-"""The figure that papers on new defences often report: mean accuracy over attacks at their common defaults.
+"""The figure that papers on new defenses often report: mean accuracy over attacks at their common defaults.
 
-It is an average over attacks that know nothing of the defence; robust accuracy is the worst case. An attack that
+It is an average over attacks that know nothing of the defense; robust accuracy is the worst case. An attack that
 fails, for whatever reason, lifts the mean, so it stands beside the robust accuracy and never enters it.
 """
 
@@ -23,7 +23,7 @@ from kerasdefense.evaluation.report import accuracy_interval, mean_interval, rad
 from kerasdefense.evaluation.search import Chunk, ExactPath, Search
 from kerasdefense.evaluation.suites import PlannedAttack, ThreatModel
 
-WORDS = "An average over attacks that know nothing of the defence; robust accuracy is the worst case."
+WORDS = "An average over attacks that know nothing of the defense; robust accuracy is the worst case."
 _STREAM = 3000
 _BATCH = 256
 
@@ -50,7 +50,7 @@ def measure_nonadaptive(
 ) -> Figures:
     """Measure accuracy under each of `nonadaptive_attacks`, and its mean, on the first images of a dataset.
 
-    It is an average over attacks that know nothing of the defence; robust accuracy is the worst case.
+    It is an average over attacks that know nothing of the defense; robust accuracy is the worst case.
 
     1. Attack every image that is right clean on the exact path.
     2. An image counts for an attack where it is right clean and right after it, however far `cw_l2` and `deepfool` had

@@ -404,7 +404,7 @@ def test_mean_over_attacks_is_shown_beside_the_words_that_it_is_no_robustness(re
     check_results(results)
     source = render(results)
     section = Page(re.search(r'<section aria-labelledby="nonadaptive".*?</section>', source, re.DOTALL).group())
-    assert "know nothing of the defence; robust accuracy is the worst case" in section.text
+    assert "know nothing of the defense; robust accuracy is the worst case" in section.text
     assert section.text.count("none fooled") == 1 and section.text.endswith("mean over attacks 46.4 % 30.8 to 61.5 %")
     numbers = NUMBER.findall(section.text.replace("95 % interval", ""))
     assert sorted({each.strip(",.") for each in numbers} - traceable(results)) == []

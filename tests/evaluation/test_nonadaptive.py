@@ -150,7 +150,7 @@ def test_comparison_has_paired_differences_in_points(measured, results, tmp_path
     one = write(tmp_path / "one", results, measured)
     two = write(tmp_path / "two", results, measured, deepfool=~measured.arrays["deepfool"])
     text = printed(nonadaptive.compare_nonadaptive({"first": one, "second": two}))
-    assert "know nothing of the defence; robust accuracy is the worst case" in text and "percentage points" in text
+    assert "know nothing of the defense; robust accuracy is the worst case" in text and "percentage points" in text
     assert "+100.0 (+100.0 to +100.0)*" in text and "+0.0 (+0.0 to +0.0)" in text
     assert nonadaptive.compare_nonadaptive({"one": one, "none": tmp_path / "none"}) is None
 
@@ -169,6 +169,6 @@ def test_table_says_that_this_is_no_robustness(measured, results):
     results["nonadaptive"] = measured.results
     check_results(results)
     text = printed(nonadaptive.nonadaptive_table(results))
-    assert "An average over attacks that know nothing of the defence; robust accuracy is the worst case." in text
+    assert "An average over attacks that know nothing of the defense; robust accuracy is the worst case." in text
     assert "none fooled" in text and "mean over attacks" in text
     assert nonadaptive.nonadaptive_table({"nonadaptive": None}) is None
