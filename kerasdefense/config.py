@@ -91,10 +91,20 @@ class Defense:
     name: str = _field("standard", "training method, a key of DEFENSES")
     preset: str = _field(
         "recommended",
-        "recommended settings, or the behaviour of the authors' release",
-        ("recommended", "released"),
+        "recommended settings, the behaviour of the authors' release, or a named variant (agkd_bml_few: 2 steps, "
+        "agkd_bml_7: 7)",
+        ("recommended", "released", "agkd_bml", "agkd_bml_few", "agkd_bml_7"),
     )
-    label_smoothing: float = _field(0.0, "label mass spread evenly over all classes, in [0, 1)", low=0, high=1)
+    label_smoothing: float = _field(
+        -1.0,
+        "label mass that is spread evenly, in [0, 1); -1 = the method's own (none; agkd_bml, and its teacher, 0.5 over "
+        "the others)",
+        low=-1,
+        high=1,
+    )
+    smoothing_over: str = _field(
+        "all", "classes that it is spread over: all, or the others than the label", ("all", "others")
+    )
     beta: float = _field(0.0, "weight of the divergence; 0 = the method's own (trades 6, mart 5)", low=0)
     w_cls: float = _field(-1.0, "weight of the cross-entropies of classes; -1 = the method's own (osdn_caml 1)", low=-1)
     w_rot: float = _field(
@@ -131,6 +141,42 @@ class Defense:
     )
     share_forward: bool = _field(
         True, "embed every image once and look partners up (dfa), instead of passing each pair's images separately"
+    )
+    teacher: str = _field(
+        "",
+        "clean teacher of agkd_bml: a .keras or .h5 file, a SavedModel folder of Keras or a published folder; empty = "
+        "train one first, in teacher/ of the run directory",
+    )
+    teacher_epochs: int = _field(0, "epochs of that training; 0 = as many as --train_epochs", low=0)
+    init_from_teacher: bool = _field(True, "start from the teacher's weights, for which it must be built alike")
+    w_kd: float = _field(-1.0, "weight of the teacher's attention; -1 = the method's own (agkd_bml 1)", low=-1)
+    w_bml: float = _field(-1.0, "weight of the triplets; -1 = the method's own (agkd_bml 2)", low=-1)
+    w_norm: float = _field(
+        -1.0, "weight of squared embeddings beside them; -1 = the method's own (agkd_bml 0.001)", low=-1
+    )
+    triplet_margin: float = _field(
+        -1.0, "by how much farther the negative should be; -1 = the method's own (agkd_bml 0.03)", low=-1
+    )
+    absolute_angle: bool = _field(True, "opposite embeddings count as equal in triplets")
+    bidirectional: bool = _field(True, "attack the image of the most confusing class too, back towards the first one")
+    ce_clean: float = _field(0.0, "weight of the cross-entropy of clean images (agkd_bml); 0 = none", low=0)
+    ce_backward: float = _field(
+        0.0, "weight of the cross-entropy of the images attacked backward (agkd_bml); 0 = none", low=0
+    )
+    mart_beta: float = _field(
+        0.0, "weight of the divergence of MART's term beside agkd_bml, 6 in its release; 0 = no such term", low=0
+    )
+    attn_power: float = _field(1.0, "power of the features that an attention map sums", low=0)
+    attn_norm: str = _field("minmax", "how attention maps are made comparable", ("minmax", "l2"))
+    attn_p: float = _field(1.0, "power of the distance of attention maps, at least 1", low=1)
+    attn_layers: str = _field(
+        "", "layers whose attention is compared, comma-separated, in both networks; empty = what enters global pooling"
+    )
+    bank_limit_mb: int = _field(
+        2048, "megabytes that the training images by class (agkd_bml) may take in the memory of a process", low=1
+    )
+    bank_per_class: int = _field(
+        0, "training images of each class to draw from, chosen by the seed; 0 = all; else at least 2", low=0
     )
     awp_gamma: float = _field(
         0.0, "adversarial weight perturbation relative to each kernel's norm, 0.005 for instance; 0 = none", low=0

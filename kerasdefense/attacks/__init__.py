@@ -25,6 +25,7 @@ from kerasdefense.attacks.noise import RandomNoise
 from kerasdefense.attacks.objectives import (
     OBJECTIVES,
     TARGETED,
+    TO_CLASS,
     check_logits,
     hit_target,
     misclassified,
@@ -93,6 +94,7 @@ __all__ = [
     "PGD",
     "TARGETED",
     "TIDIM",
+    "TO_CLASS",
     "Attack",
     "AttackResult",
     "CarliniWagner",

@@ -146,6 +146,10 @@ TARGETED = ("feature_matching", "logit_matching", "signed_target", "targeted_cro
 """Objectives that need something to go to: `context["target"]`, or `context["reference"]`, what is to be matched."""
 
 
+TO_CLASS = ("targeted_cross_entropy", "targeted_dlr")
+"""Those of them that go to a class by its logit, `context["target"]`."""
+
+
 def misclassified(logits_fn: LogitsFn) -> SuccessFn:
     """Return the goal of untargeted attacks: the predicted class is not `context["label"]`."""
 

@@ -14,6 +14,9 @@ from kerasdefense.backbones.blocks import ImageShape
 from kerasdefense.layers import Logits
 from kerasdefense.types import InputError
 
+_PUBLISHED = "model.keras"
+"""The model in a run directory or a published folder."""
+
 
 def as_backbone(
     keras_model: keras.Model,
@@ -33,7 +36,8 @@ def as_backbone(
     Args:
         keras_model: built classifier of float images [batch, height, width, channels] that ends in global
             pooling and one Dense, with or without a softmax; Dropout, Flatten, Reshape or normalisation
-            between the two are fine. A model that has the outputs of a backbone is returned as it is.
+            between the two are fine. A model that has the outputs of a backbone is returned as it is, and of a
+            defense its backbone.
         pooling_layer: name of the layer that pools, where it is none of Keras' global pooling layers.
         logits_layer: name of the last Dense, where others stand between it and the pooling.
         preprocess: layer from images in [0, 1] to what the model was trained on, for instance
@@ -43,6 +47,7 @@ def as_backbone(
     Raises:
         InputError: if the model is of another kind, or the name of a layer is needed.
     """
+    keras_model = getattr(keras_model, "backbone", keras_model)
     _check_graph(keras_model)
     if isinstance(keras_model.output, dict) and {"feature_map", "embedding", "logits"} <= set(keras_model.output):
         if preprocess is not None:
@@ -86,7 +91,7 @@ def load(backbone: config.Backbone, *, image_shape: ImageShape, classes: int) ->
 
 
 def read(path: Union[str, Path]) -> keras.Model:
-    """Return the Keras model in a file or folder (.keras, .h5, SavedModel), uncompiled.
+    """Return the Keras model in a file or folder (.keras, .h5, SavedModel, or a folder with model.keras), uncompiled.
 
     Python code in the file is not run; custom layers must be registered with Keras.
 
@@ -96,6 +101,8 @@ def read(path: Union[str, Path]) -> keras.Model:
     file = Path(path).expanduser()
     if not file.exists():
         raise InputError("no such file or folder")
+    if (file / _PUBLISHED).is_file():
+        file = file / _PUBLISHED
     try:
         with SafeModeScope(True):  # the safe_mode of load_model holds for .keras only
             return keras.models.load_model(file, compile=False)

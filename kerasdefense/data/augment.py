@@ -52,6 +52,17 @@ class Augmentation:
         flip = tf.random.stateless_uniform([examples, 1], seed + 1, 0, 1 + int(self.flip), tf.int32)
         return tf.concat([shift, flip], axis=1)
 
+    def augmented(self, image: tf.Tensor, uniform: tf.Tensor) -> tf.Tensor:
+        """Move and mirror each image of a batch by numbers that are drawn elsewhere.
+
+        Args:
+            image: any type, [batch, height, width, channels].
+            uniform: float32 [batch, 3] in [0, 1): for the shifts of rows and columns, and for the flip.
+        """
+        shift = tf.cast(uniform[:, :2] * (2 * self.padding + 1), tf.int32) - self.padding
+        flip = tf.cast(uniform[:, 2:] * (1 + int(self.flip)), tf.int32)
+        return self(image, tf.concat([shift, flip], axis=1))
+
     def __call__(self, image: tf.Tensor, draw: tf.Tensor) -> tf.Tensor:
         """Move and mirror each image of a batch.
 

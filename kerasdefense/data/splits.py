@@ -47,8 +47,12 @@ class Split:
 
     def batches(self, batch_size: int) -> tf.data.Dataset:
         """Return one pass in order, without augmentation; the last batch may be smaller."""
+        return self.grey_levels(batch_size).map(_to_float, tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+
+    def grey_levels(self, batch_size: int) -> tf.data.Dataset:
+        """Return the same pass with images as they are kept, uint8 in 0..255."""
         _check_batch_size(batch_size)
-        return self._decoded.batch(batch_size).map(_to_float, tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+        return self._decoded.batch(batch_size)
 
     @functools.cached_property
     def _decoded(self) -> tf.data.Dataset:

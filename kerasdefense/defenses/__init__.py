@@ -9,21 +9,25 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from kerasdefense import attacks, config
+from kerasdefense import attacks, config, losses
 from kerasdefense.attacks import PGD
 from kerasdefense.defenses.adversarial_training import FGSMRSAT, PGDAT
+from kerasdefense.defenses.agkd_bml import AGKDBML
+from kerasdefense.defenses.bank import ExampleBank
 from kerasdefense.defenses.base import ADVERSARIAL_ACCURACY, CLEAN_ACCURACY, Defense
 from kerasdefense.defenses.dfa import DFA, DFAAT
 from kerasdefense.defenses.keeping import as_kept
 from kerasdefense.defenses.mart import MART
 from kerasdefense.defenses.mixup import Mixup
 from kerasdefense.defenses.osdn_caml import OSDNCAML
+from kerasdefense.defenses.preset import Preset
 from kerasdefense.defenses.stage import Stage
 from kerasdefense.defenses.standard import Standard
 from kerasdefense.defenses.trades import TRADES
 from kerasdefense.types import UsageError, look_up
 
 DEFENSES: dict[str, type[Defense]] = {
+    "agkd_bml": AGKDBML,
     "dfa": DFA,
     "dfa_at": DFAAT,
     "fgsm_rs": FGSMRSAT,
@@ -54,9 +58,8 @@ def build(
     """
     name = run.defense.name
     kind = look_up(DEFENSES, name, "defense")
-    if run.defense.preset == "released" and kind.released is None:
-        raise UsageError(f"--defense_preset=released: {name} has no release to follow; use recommended")
-    training_attack = run.attack
+    preset = _preset(run.defense, kind)
+    training_attack = preset.attack(run.attack)
     if name == "fgsm_rs":
         if run.attack.steps > 1:
             raise UsageError(
@@ -66,7 +69,7 @@ def build(
             raise UsageError(
                 f"fgsm_rs trains with --attack_name=fgsm_rs, not {run.attack.name}; use --defense_name=pgd_at"
             )
-        training_attack = dataclasses.replace(run.attack, name="fgsm_rs")
+        training_attack = dataclasses.replace(training_attack, name="fgsm_rs")
     attack = attacks.build(training_attack)
     if run.backbone.path:
         image = tf.random.stateless_uniform([8, *backbone.input_shape[1:]], [0, 0])
@@ -76,32 +79,51 @@ def build(
         attack=attack,
         objective=run.attack.objective or None,
         validation_attack=PGD(norm=attack.norm, epsilon=attack.epsilon, steps=run.train.validation_steps, keep="last"),
-        label_smoothing=run.defense.label_smoothing,
         awp_gamma=run.defense.awp_gamma,
         warmup_steps=round(run.attack.warmup_epochs * steps_per_epoch),
         ramp_steps=round(run.attack.ramp_epochs * steps_per_epoch),
         seed=run.train.seed,
         name=name,
-        **_own_settings(run.defense, kind),
+        **_label_smoothing(run.defense, backbone.output_shape["logits"][-1]),
+        **{**preset.settings, **_own_settings(run.defense, kind)},
         **stages,
     )
 
 
+def _preset(defense: config.Defense, kind: type[Defense]) -> Preset:
+    """Return the preset that a run names, or raise a UsageError where the method has none of that name."""
+    if defense.preset == "recommended":
+        return Preset()
+    if defense.preset not in kind.presets:
+        valid = ", ".join(("recommended", *kind.presets))
+        raise UsageError(f"--defense_preset={defense.preset} is no preset of {defense.name}; it has: {valid}")
+    return kind.presets[defense.preset]
+
+
+def _label_smoothing(defense: config.Defense, classes: int) -> dict[str, float]:
+    """Return the label smoothing that flags ask for, none where they leave it to the method."""
+    if defense.label_smoothing < 0:
+        return {}
+    if defense.smoothing_over == "all":
+        return {"label_smoothing": defense.label_smoothing}
+    return {"label_smoothing": losses.smoothing_over_others(defense.label_smoothing, classes)}
+
+
 def _own_settings(defense: config.Defense, kind: type[Defense]) -> dict[str, Any]:
-    """Return the method's own constructor arguments that flags or preset set, and refuse those of other methods."""
-    every = sorted({name for each in DEFENSES.values() for name in each.settings})
+    """Return the method's own constructor arguments that flags set, and refuse what is of other methods."""
+    every = sorted({name for each in DEFENSES.values() for name in (*each.settings, *each.run_settings)})
     unset = config.Defense()
     given = {name: getattr(defense, name) for name in every if getattr(defense, name) != getattr(unset, name)}
     for name in given:
-        if name not in kind.settings:
-            takers = ", ".join(key for key, each in DEFENSES.items() if name in each.settings)
+        if name not in (*kind.settings, *kind.run_settings):
+            takers = ", ".join(key for key, each in DEFENSES.items() if name in (*each.settings, *each.run_settings))
             raise UsageError(f"--defense_{name} is no setting of {defense.name}; it is one of: {takers}")
-    released = kind.released if defense.preset == "released" else None
-    return {**(released or {}), **given}
+    return {name: value for name, value in given.items() if name in kind.settings}
 
 
 __all__ = [
     "ADVERSARIAL_ACCURACY",
+    "AGKDBML",
     "CLEAN_ACCURACY",
     "DEFENSES",
     "DFA",
@@ -112,6 +134,7 @@ __all__ = [
     "PGDAT",
     "TRADES",
     "Defense",
+    "ExampleBank",
     "Mixup",
     "Stage",
     "Standard",

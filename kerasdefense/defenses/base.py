@@ -19,6 +19,7 @@ from kerasdefense.defenses import crafting, descent, inside
 from kerasdefense.defenses.averages import averages_in_place
 from kerasdefense.defenses.axes import axis_paths
 from kerasdefense.defenses.batch import Batch
+from kerasdefense.defenses.preset import Preset
 from kerasdefense.defenses.stage import Stage
 from kerasdefense.types import Activations, Context, LossFn, PathFn, UsageError
 
@@ -35,7 +36,8 @@ class Defense(keras.Model):
     Args:
         backbone: functional Keras model from image to `feature_map`, `embedding` and `logits`.
         attack: threat model, and the attack that training crafts with.
-        objective: what `attack` maximises, a key of OBJECTIVES that needs no target; None = the method's own.
+        objective: what `attack` maximises, a key of OBJECTIVES, one of TO_CLASS if `is_targeted`, else one that needs
+            no target; None = the method's own.
         validation_attack: attack of `test_step` on `call`; None = PGD-10 of the same threat model.
         label_smoothing: label mass spread evenly over all classes, in [0, 1).
         awp_gamma: length of the adversarial weight perturbation relative to each kernel's norm; 0 = none.
@@ -51,8 +53,14 @@ class Defense(keras.Model):
     """What the method's attack maximises unless told otherwise."""
     settings: ClassVar[tuple[str, ...]] = ()
     """Fields of `config.Defense` that are this method's own constructor arguments."""
-    released: ClassVar[Optional[Mapping[str, Any]]] = None
-    """What the authors' release sets otherwise than the recommended settings; None = there is no release to follow."""
+    run_settings: ClassVar[tuple[str, ...]] = ()
+    """Fields of `config.Defense` that are this method's own and no constructor arguments, such as those of stages."""
+    presets: ClassVar[Mapping[str, Preset]] = {}
+    """Named settings besides the recommended ones; `released` is what the authors' release sets otherwise."""
+    is_targeted: ClassVar[bool] = False
+    """Whether its attack goes to a class that the method chooses, which its objective then needs."""
+    needs_bank: ClassVar[bool] = False
+    """Whether training draws images by class from an ExampleBank, its attribute `bank`."""
     caveat: ClassVar[str] = ""
     """What the card of a model says besides, unless enough stands under attacks that adapt to the model."""
     parts: ClassVar[tuple[str, ...]] = ("backbone",)
@@ -80,7 +88,7 @@ class Defense(keras.Model):
         self.backbone = backbone
         self.attack = attack
         self.objective = objective or self.own_objective
-        crafting.check_objective(self.objective, attack)
+        crafting.check_objective(self.objective, attack, is_targeted=self.is_targeted)
         self.validation_attack = validation_attack or PGD(norm=attack.norm, epsilon=attack.epsilon, keep="last")
         self.label_smoothing = label_smoothing
         self.awp_gamma = awp_gamma
@@ -122,6 +130,16 @@ class Defense(keras.Model):
     def reconstructed(self, image: tf.Tensor) -> Optional[tf.Tensor]:
         """Return the images [batch, h, w, c] in [0, 1] that the method draws anew of `image`; None if it draws none."""
         del image
+        return None
+
+    def attention(self, image: tf.Tensor, image_adv: tf.Tensor) -> Optional[dict[str, tf.Tensor]]:
+        """Return maps [batch, h, w] in [0, 1] of where a method's networks look, by their names; None if it has none.
+
+        Args:
+            image: clean images [batch, h, w, c].
+            image_adv: the same, attacked.
+        """
+        del image, image_adv
         return None
 
     def internals(self, batch: Batch, image_adv: tf.Tensor, attack: PGD, seed: int) -> dict[str, tf.Tensor]:

@@ -7,16 +7,20 @@ from typing import Callable
 import keras
 import tensorflow as tf
 
-from kerasdefense.attacks import OBJECTIVES, PGD, TARGETED
+from kerasdefense.attacks import OBJECTIVES, PGD, TARGETED, TO_CLASS
 from kerasdefense.types import Context, LossFn, UsageError, look_up
 
 FLOAT16_SCALE = 1024.0
 """What an objective is multiplied by in float16, where gradients of images would else round to zero."""
 
 
-def check_objective(objective: str, attack: PGD) -> None:
+def check_objective(objective: str, attack: PGD, *, is_targeted: bool) -> None:
     """Raise a UsageError unless training can craft with `attack` on this key of OBJECTIVES."""
     look_up(OBJECTIVES, objective, "objective")
+    if is_targeted:
+        if objective not in TO_CLASS:
+            raise UsageError(f"objective {objective} goes to no class; the method's attack takes {', '.join(TO_CLASS)}")
+        return
     if objective in TARGETED:
         raise UsageError(f"objective {objective} needs targets; training attacks take an untargeted one")
     if objective == "kl_divergence" and not attack.random_start:

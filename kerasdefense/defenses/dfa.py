@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar
 
 import keras
 import tensorflow as tf
@@ -13,6 +13,7 @@ from kerasdefense.attacks import PGD
 from kerasdefense.defenses import mixing
 from kerasdefense.defenses.base import ADVERSARIAL_ACCURACY, CLEAN_ACCURACY, Defense
 from kerasdefense.defenses.batch import Batch
+from kerasdefense.defenses.preset import Preset
 from kerasdefense.types import UsageError
 
 
@@ -61,7 +62,7 @@ class DFA(Defense):
         "do not adapt to it. What it is of use for is an embedding in which classes lie along nearly orthogonal lines. "
         "Where attacks are expected, train on attacked images, as pgd_at does."
     )
-    released: ClassVar[Optional[Mapping[str, Any]]] = {"share_forward": False}
+    presets: ClassVar[Mapping[str, Preset]] = {"released": Preset({"share_forward": False})}
     terms = ("cross_entropy_loss", "aggregation_loss")
     monitor = CLEAN_ACCURACY
     settings = (
@@ -161,7 +162,7 @@ class DFAAT(DFA):
     """
 
     caveat = ""
-    released = None
+    presets: ClassVar[Mapping[str, Preset]] = {}
     own_objective = "margin"
     monitor = ADVERSARIAL_ACCURACY
 

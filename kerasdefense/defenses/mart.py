@@ -49,10 +49,9 @@ class MART(Defense):
         def forward() -> tuple[dict[str, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
             logits, logits_adv = self(batch.image, training=True), self(image_adv, training=True)  # 2
             boosted = losses.boosted_cross_entropy(logits_adv, batch.label, smoothing=self.label_smoothing)
-            doubt = 1 - tf.gather(tf.nn.softmax(logits), batch.label, batch_dims=1)
             terms = {  # 3
                 "boosted_cross_entropy_loss": boosted,
-                "weighted_kl_divergence_loss": self.beta * doubt * losses.kl_divergence(logits, logits_adv),
+                "weighted_kl_divergence_loss": self.beta * losses.doubted_divergence(logits, logits_adv, batch.label),
             }
             return terms, (logits, logits_adv)
 

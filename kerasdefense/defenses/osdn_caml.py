@@ -12,6 +12,7 @@ from kerasdefense import backbones, losses
 from kerasdefense.attacks import OBJECTIVES, PGD, seeds
 from kerasdefense.defenses.base import Defense
 from kerasdefense.defenses.batch import Batch
+from kerasdefense.defenses.preset import Preset
 from kerasdefense.layers import rotate
 from kerasdefense.types import UsageError
 
@@ -63,7 +64,7 @@ class OSDNCAML(Defense):
 
     terms: tuple[str, ...] = ("cross_entropy_loss", "rotation_loss", "reconstruction_loss")
     parts = ("backbone", "rotation_head", "decoder", "peer")
-    released: ClassVar[Mapping[str, Any]] = {"bn_update_on_recompute": True}
+    presets: ClassVar[Mapping[str, Preset]] = {"released": Preset({"bn_update_on_recompute": True})}
     settings = ("w_cls", "w_rot", "w_rec", "w_kl", "clean_weight", "bn_update_on_recompute")
 
     def __init__(

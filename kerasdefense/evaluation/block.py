@@ -73,7 +73,7 @@ class Block:
     def _rows(self, search: Search) -> np.ndarray:
         if self._stored_pool is not None:
             return self._stored_pool["rows"]
-        met = self.standing if self.cascade else self.clean
+        met = self.standing if self.cascade and not search.planned.alone else self.clean
         within = search.planned.examples - self.first if search.planned.examples else len(met)
         return np.flatnonzero(met & (np.arange(len(met)) < within))
 

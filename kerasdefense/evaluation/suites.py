@@ -40,6 +40,7 @@ class PlannedAttack(NamedTuple):
         examples: how many images are attacked at most, from the first on; 0 = all. The others count as standing.
         transfer: whether it is aimed at surrogates, and only what it finds on them is tried on the model.
         path: family of the paths that it is for, of AIDS; "" = every path but those and surrogates.
+        alone: whether it meets every image that is right clean, also in a cascade.
         replaces: what it stands in for, and why, where a suite's own attack cannot run on so few classes.
     """
 
@@ -51,6 +52,7 @@ class PlannedAttack(NamedTuple):
     transfer: bool = False
     replaces: str = ""
     path: str = ""
+    alone: bool = False
 
     def is_for(self, path: str) -> bool:
         """Return whether the attack is to be tried on the path of this name."""
@@ -192,6 +194,22 @@ def _transfer(norm: str, epsilon: float) -> tuple[PlannedAttack, ...]:
     )
 
 
+def _gap(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
+    each_alone = (
+        PlannedAttack("pgd20", PGD(norm, epsilon, steps=20)),
+        PlannedAttack("pgd100", PGD(norm, epsilon, steps=100)),
+        PlannedAttack("pgd100_margin", PGD(norm, epsilon, steps=100), "margin"),
+        PlannedAttack("feature_matching", APGD(norm, epsilon), "feature_matching"),
+        *_transfer(norm, epsilon),
+    )
+    together = (_apgd_ce(norm, epsilon), *_distinct(_apgd_t(norm, epsilon, classes), classes))
+    return (*(each._replace(alone=True) for each in each_alone), *together)
+
+
+def _gap_autoattack(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
+    return (*_gap(norm, epsilon, classes), _fab_t(norm, epsilon, classes), _square(norm, epsilon))
+
+
 def _blackbox(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
     planned = [
         PlannedAttack("noise", ATTACKS["noise"](norm=norm, epsilon=epsilon), "margin"),
@@ -219,6 +237,18 @@ SUITES: dict[str, Suite] = {
     "autoattack": Suite(_autoattack, True, _AUTOATTACK_CHECKS, "AutoAttack standard"),
     "blackbox": Suite(_blackbox, True, _QUICK_CHECKS, f"gradient-free and transferred attacks only, {_NOT_AUTOATTACK}"),
     "cleverhans": Suite(_cleverhans, False, _QUICK_CHECKS, _NOT_AUTOATTACK),
+    "gap": Suite(
+        _gap,
+        True,
+        _STANDARD_CHECKS,
+        f"PGD, margin, features and transfer each alone, then APGD-CE and APGD-T, {_NOT_AUTOATTACK}",
+    ),
+    "gap_autoattack": Suite(
+        _gap_autoattack,
+        True,
+        _AUTOATTACK_CHECKS,
+        "AutoAttack standard, after PGD, margin, features and transfer each alone",
+    ),
     "plus": Suite(_plus, True, _AUTOATTACK_CHECKS, "AutoAttack plus"),
     "quick": Suite(_quick, False, _QUICK_CHECKS, _NOT_AUTOATTACK),
     "rand": Suite(_rand, True, _AUTOATTACK_CHECKS, "AutoAttack rand"),

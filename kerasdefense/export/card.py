@@ -16,6 +16,8 @@ from kerasdefense.detectors.rejection import RejectOption
 from kerasdefense.files import check_schema
 from kerasdefense.types import look_up
 
+AUTOATTACK = ("apgd_ce", "apgd_t", "fab_t", "square")
+"""Its members by the names of attacks, as the suites have them."""
 NEXT_TO_NOTHING = 0.05
 """Robust accuracy that is no defense."""
 _SCHEMA = Path(__file__).with_name("card.schema.json")
@@ -89,8 +91,22 @@ def about(defense: str, measured: Optional[Mapping[str, Any]]) -> list[str]:
         f"right in {ball} (95 % interval {low:.1f} to {high:.1f} %); clean accuracy {100 * clean['value']:.1f} %."
     )
     line += "" if measured["trusted"] else " Not to be trusted: the sanity battery failed."
+    gap = _gap(measured)
     is_sure = measured["suite"] == "adaptive" and measured["complete"] and measured["trusted"]
-    return [line] if is_sure and robust["ci95"][0] > NEXT_TO_NOTHING else [line, *said]
+    return [line, *gap] if is_sure and robust["ci95"][0] > NEXT_TO_NOTHING else [line, *gap, *said]
+
+
+def _gap(measured: Mapping[str, Any]) -> list[str]:
+    """Return how far PGD-20 alone flatters the model, where it met every image beside AutoAttack."""
+    attacks = {each["name"]: each for each in measured["attacks"] if each["path"] == "exact"}
+    clean, robust = measured["clean_accuracy"], measured["robust_accuracy"]
+    if not {"pgd20", *AUTOATTACK} <= set(attacks) or attacks["pgd20"]["attacked"] < round(clean["value"] * clean["n"]):
+        return []
+    alone = attacks["pgd20"]["accuracy"]
+    return [
+        f"PGD-20 alone leaves {100 * alone:.1f} %, {100 * (alone - robust['value']):.1f} points more than all attacks "
+        "together, AutoAttack among them: its figure is no measure of robustness."
+    ]
 
 
 def _without_places(run: config.Run) -> config.Run:
@@ -101,6 +117,7 @@ def _without_places(run: config.Run) -> config.Run:
         runs="",
         data=dataclasses.replace(run.data, dir=Path(run.data.dir).name if run.data.name == "folder" else ""),
         backbone=dataclasses.replace(run.backbone, path=Path(run.backbone.path).name),
+        defense=dataclasses.replace(run.defense, teacher=Path(run.defense.teacher).name),
         export=dataclasses.replace(run.export, dir=""),
     )
 

@@ -1,28 +1,42 @@
 """Losses: pure functions of tensors, one value per example."""
 
 from kerasdefense.losses.aggregation import aggregation, check_aggregation, mixed_cross_entropy
+from kerasdefense.losses.attention import attention_distance, attention_map, check_attention
 from kerasdefense.losses.classification import (
     boosted_cross_entropy,
     cross_entropy,
     dlr,
+    doubted_divergence,
     kl_divergence,
     margin,
+    runner_up_penalty,
+    smoothing_over_others,
     targeted_dlr,
 )
+from kerasdefense.losses.metric import angular_distance, angular_triplet, mean_square
 from kerasdefense.losses.open_set_defense import open_set_defense_terms, peer_terms
 from kerasdefense.losses.reconstruction import reconstruction_error
 
 __all__ = [
     "aggregation",
+    "angular_distance",
+    "angular_triplet",
+    "attention_distance",
+    "attention_map",
     "boosted_cross_entropy",
     "check_aggregation",
+    "check_attention",
     "cross_entropy",
     "dlr",
+    "doubted_divergence",
     "kl_divergence",
     "margin",
+    "mean_square",
     "mixed_cross_entropy",
     "open_set_defense_terms",
     "peer_terms",
     "reconstruction_error",
+    "runner_up_penalty",
+    "smoothing_over_others",
     "targeted_dlr",
 ]

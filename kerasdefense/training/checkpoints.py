@@ -110,11 +110,11 @@ def settings_of(run: config.Run, splits: Splits) -> dict[str, Any]:
 def _flags_of(run: config.Run) -> dict[str, Any]:
     """Return the flags that training depends on, files as whole paths."""
     data_dir = str(Path(run.data.dir).resolve()) if run.data.name == "folder" else ""  # a set keeps its name elsewhere
-    path = str(Path(run.backbone.path).resolve()) if run.backbone.path else ""
     sections = {
         "data": dataclasses.replace(run.data, dir=data_dir),
-        "backbone": dataclasses.replace(run.backbone, path=path),
-        **{section: getattr(run, section) for section in ("attack", "defense", "train")},
+        "backbone": dataclasses.replace(run.backbone, path=_whole(run.backbone.path)),
+        "defense": dataclasses.replace(run.defense, teacher=_whole(run.defense.teacher)),
+        **{section: getattr(run, section) for section in ("attack", "train")},
     }
     return {
         f"--{section}_{name}": value
@@ -122,6 +122,10 @@ def _flags_of(run: config.Run) -> dict[str, Any]:
         for name, value in dataclasses.asdict(content).items()
         if f"--{section}_{name}" not in _WITHOUT_EFFECT
     }
+
+
+def _whole(path: str) -> str:
+    return str(Path(path).expanduser().resolve()) if path else ""
 
 
 def newest_first(folder: Path) -> Iterator[Path]:

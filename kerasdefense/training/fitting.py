@@ -19,13 +19,14 @@ from kerasdefense.data import Splits
 from kerasdefense.defenses import Defense, Stage, as_kept
 from kerasdefense.files import replacing, write_json
 from kerasdefense.training.averages import ValidateAverages
+from kerasdefense.training.bank import check_bank, make_bank
 from kerasdefense.training.checkpoints import Checkpoints, differences, refuse, settings_of
 from kerasdefense.training.optimizer import make_optimizer
 from kerasdefense.training.pictures import Pictures
 from kerasdefense.training.randomness import SeedEpochs, use_generators
 from kerasdefense.training.selection import SelectBest
 from kerasdefense.training.strategy import check_together, is_chief, make_strategy
-from kerasdefense.types import InputError, UsageError
+from kerasdefense.types import InputError, UsageError, look_up
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # the notice of TFA's end of life
@@ -56,6 +57,7 @@ def build(run: config.Run, splits: Splits, stages: Mapping[str, keras.Model] = {
     if run.train.precision != "float32":
         backbone = backbones.with_precision(backbone, run.train.precision)
     steps = _steps_per_epoch(run, splits)
+    stages = {name: backbones.with_precision(model, run.train.precision) for name, model in stages.items()}
     defense = defenses.build(run, backbone, steps_per_epoch=steps, stages=stages)
     optimizer = make_optimizer(run.train, run.train.epochs * steps)
     defense.compile(optimizer=optimizer, jit_compile=run.train.jit_compile or None)
@@ -84,6 +86,8 @@ def train(run: config.Run, splits: Splits, run_dir: Path, *, on_saved: Callable[
         raise UsageError("--train_validate_every must be at least 1, and must not exceed --train_epochs")
     if 0 < run.train.epochs <= run.attack.warmup_epochs:
         raise UsageError(f"--attack_warmup_epochs={run.attack.warmup_epochs:g} leaves no epoch for the attack")
+    if look_up(defenses.DEFENSES, run.defense.name, "defense").needs_bank:
+        check_bank(run, splits)
     strategy = make_strategy(run.train)
     stages = {stage.name: _stage(stage, splits, run_dir, strategy) for stage in defenses.stages(run)}
     return _train(run, splits, run_dir, strategy, stages, on_saved)
@@ -95,10 +99,9 @@ def _stage(stage: Stage, splits: Splits, run_dir: Path, strategy: tf.distribute.
         return stage.take(_train(stage.run, splits, run_dir / stage.name, strategy, {}).defense)
     try:
         with strategy.scope():
-            return stage.take(keras.models.load_model(stage.saved))
-    except (OSError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--defense_{stage.name}={stage.saved} cannot stand in for its stage: {reason}") from error
+            return stage.take(backbones.read(stage.saved))
+    except InputError as error:
+        raise InputError(f"--defense_{stage.name}={stage.saved} cannot stand in for its stage: {error}") from error
 
 
 def _train(
@@ -131,6 +134,8 @@ def _train(
         if first_epoch >= run.train.epochs and select.best_epoch is None:
             raise UsageError(f"--train_epochs={run.train.epochs} leaves nothing to train after epoch {first_epoch}")
         (own / HISTORY).unlink(missing_ok=True)
+        if defense.needs_bank:
+            defense.bank = make_bank(run, splits)
         if first_epoch < run.train.epochs and select.collapsed_epoch is None:
             _fit(run, splits, defense, first_epoch, [select, checkpoints, *_displays(run, splits, own)])
         else:

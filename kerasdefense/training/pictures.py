@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import keras
 import tensorflow as tf
+from matplotlib import colormaps
 
 from kerasdefense.data import Split
 from kerasdefense.files import replacing
@@ -19,7 +21,8 @@ class Pictures(keras.callbacks.Callback):
 
     The perturbation is scaled so that the L-inf ball fills the grey range around its middle. Where the method draws
     images anew, what it draws of the attacked ones is shown too, and `reconstructions.png` has one column per image:
-    clean, attacked, decoded.
+    clean, attacked, decoded. Where it tells where its networks look, the maps are shown, and `attention.png` has one
+    column per image: clean, attacked, and a map of each network, from dark (0) to bright (1).
 
     Args:
         folder: TensorBoard's folder, in the run directory.
@@ -43,6 +46,8 @@ class Pictures(keras.callbacks.Callback):
         with self.model.averaged():
             image, image_adv = self.batch["image"], self.attacked(self.model.unpack(self.batch))
             decoded = self.model.reconstructed(image_adv)
+            attention = self.model.attention(image, image_adv) or {}
+            maps = {name: _in_colours(each, image.shape[1:3]) for name, each in attention.items()}
         perturbation = 0.5 + (image_adv - image) / (2 * self.model.attack.epsilon + 1e-12)
         with self.writer.as_default(step=epoch + 1):
             tf.summary.image("clean", image, max_outputs=COUNT)
@@ -50,13 +55,25 @@ class Pictures(keras.callbacks.Callback):
             tf.summary.image("perturbation", tf.clip_by_value(perturbation, 0.0, 1.0), max_outputs=COUNT)
             if decoded is not None:
                 tf.summary.image("decoded", decoded, max_outputs=COUNT)
+            for name, each in maps.items():
+                tf.summary.image(f"attention_of_{name}", each, max_outputs=COUNT)
         self.writer.flush()
         if decoded is not None:
             _write_rows(self.folder.parent / "reconstructions.png", image, image_adv, decoded)
+        if maps:
+            _write_rows(self.folder.parent / "attention.png", image, image_adv, *maps.values())
+
+
+def _in_colours(maps: tf.Tensor, size: Sequence[int]) -> tf.Tensor:
+    """Return maps [count, h, w] in [0, 1] as images [count, *size, 3] in [0, 1]."""
+    resized = tf.image.resize(maps[..., None], size)[..., 0]
+    return tf.constant(colormaps["viridis"](resized.numpy())[..., :3], tf.float32)
 
 
 def _write_rows(path: Path, *rows: tf.Tensor) -> None:
-    """Write rows of images [count, h, w, c] in [0, 1], one below the other, to one PNG file."""
+    """Write rows of images [count, h, w, c] in [0, 1], grey or of three colours, below each other to one PNG file."""
+    colours = max(row.shape[-1] for row in rows)
+    rows = tuple(row if row.shape[-1] == colours else tf.image.grayscale_to_rgb(row) for row in rows)
     picture = tf.concat([tf.concat(tf.unstack(row), axis=1) for row in rows], axis=0)
     png = tf.io.encode_png(tf.image.convert_image_dtype(picture, tf.uint8, saturate=True))
     with replacing(path) as temporary:

@@ -9,12 +9,13 @@ import tensorflow as tf
 
 from kerasdefense import backbones, config
 from kerasdefense.attacks import FGSMRS, PGD, seeds
-from kerasdefense.defenses import DEFENSES, Defense
+from kerasdefense.defenses import DEFENSES, Defense, ExampleBank
 from kerasdefense.training import mirrored
 
 SHAPE, CLASSES, BATCH = (8, 8, 1), 3, 8
 ORTHOGONAL = config.Backbone(name="small_cnn", width=4, head="orthogonal")
 CASES = {
+    "agkd_bml": {"attack": PGD(epsilon=0.1, steps=2, keep="last")},
     "dfa": {"attack": PGD(epsilon=0.1, steps=2, keep="last"), "architecture": ORTHOGONAL},
     "dfa_at": {"attack": PGD(epsilon=0.1, steps=2, keep="last"), "architecture": ORTHOGONAL},
     "fgsm_rs": {"attack": FGSMRS(epsilon=0.1)},
@@ -40,6 +41,15 @@ def make(name, optimizer=None, precision="float32", **kwargs):
     validation = PGD(epsilon=0.1, steps=2, keep="last")
     defense = DEFENSES[name](backbone, validation_attack=validation, **settings)
     defense.compile(optimizer or keras.optimizers.SGD(0.1, momentum=0.9))
+    return with_bank(defense)
+
+
+def with_bank(defense):
+    """Give a defense that draws from the training images what it draws from."""
+    if defense.needs_bank:
+        data = make_data()
+        image = np.round(data["image"] * 255).astype(np.uint8)
+        defense.bank = ExampleBank(image, data["label"], classes=CLASSES)
     return defense
 
 
@@ -96,12 +106,13 @@ class TestDefense:
             for parameter in inspect.signature(kind.__init__).parameters.values()
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD and parameter.name != "self"
         }
-        defense = make(name, objective="margin", label_smoothing=0.1, seed=11)
+        objective = "targeted_dlr" if DEFENSES[name].is_targeted else "margin"
+        defense = make(name, objective=objective, label_smoothing=0.1, seed=11)
         held = defense.get_config()
         assert arguments <= set(held)
         rebuilt = type(defense).from_config(held)
         assert rebuilt.attack == defense.attack and rebuilt.validation_attack == defense.validation_attack
-        assert (rebuilt.objective, rebuilt.label_smoothing, rebuilt.seed) == ("margin", 0.1, 11)
+        assert (rebuilt.objective, rebuilt.label_smoothing, rebuilt.seed) == (objective, 0.1, 11)
 
     def test_keras_file_restores_model_and_optimizer(self, name, tmp_path):
         data = make_data()
@@ -115,7 +126,7 @@ class TestDefense:
             for one, two in zip(restored.variables, original.variables, strict=True):
                 np.testing.assert_array_equal(one, two)
         assert int(loaded.step) == int(defense.step) == 2
-        for model in (loaded, defense):  # training goes on alike
+        for model in (with_bank(loaded), defense):  # training goes on alike
             model.fit(dataset(data), verbose=0)
         np.testing.assert_allclose(loaded(data["image"]), defense(data["image"]), atol=1e-5)
 

@@ -1,0 +1,31 @@
+"""A preset: settings of a method that go together and have a name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from kerasdefense import config
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """What a value of --defense_preset sets where no flag says otherwise.
+
+    Attributes:
+        settings: constructor arguments of the method.
+        steps: gradient steps of the training attack; 0 = the attack's own.
+        step_share: length of a step as a share of the radius; 0 = the attack's own.
+    """
+
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    steps: int = 0
+    step_share: float = 0.0
+
+    def attack(self, given: config.Attack) -> config.Attack:
+        """Return the training attack that a run describes, with what the preset says of it."""
+        if given.steps:
+            return given
+        step_size = given.step_size or self.step_share * given.epsilon
+        return dataclasses.replace(given, steps=self.steps, step_size=step_size)
