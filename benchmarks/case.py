@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from kerasdefense import backbones, config, training
+from kerasdefense.defenses import ExampleBank
 
 CLASSES = 10
 EPSILON = 8 / 255
@@ -82,6 +83,12 @@ class Case:
             "label": generator.integers(CLASSES, size=self.batch_size, dtype=np.int32),
             "index": np.arange(self.batch_size, dtype=np.int32),
         }
+
+    def make_bank(self) -> ExampleBank:
+        """Return images of noise by class, to draw from."""
+        generator = np.random.default_rng(1)
+        image = generator.integers(256, size=(20 * CLASSES, *self.image_shape), dtype=np.uint8)
+        return ExampleBank(image, np.arange(len(image)) % CLASSES, classes=CLASSES)
 
     def make_backbone(self) -> keras.Model:
         """Return the backbone with fresh weights."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Callable
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from benchmarks.case import Case
+from benchmarks.floor import input_gradient_of
 from benchmarks.timing import Step
 from kerasdefense import defenses, losses
 from kerasdefense.defenses import DFA, mixing
@@ -32,7 +32,7 @@ def dfa_floor(case: Case) -> Step:
     mixture = mixing.draw(index, defense.seed, defense.step, alpha=defense.mix_alpha, per=defense.mix_per)
     size = defense.backbone.output_shape["embedding"][-1]
     noise = mixture.noise(tf.zeros([case.batch_size, size]), defense.noise_std)
-    input_gradient = _input_gradient(defense.backbone)
+    input_gradient = input_gradient_of(lambda image: defense.backbone(image, training=False)["logits"])
     parameter_gradient = _parameter_gradient(defense, mixture, noise)
 
     def step() -> list[np.ndarray]:
@@ -41,19 +41,6 @@ def dfa_floor(case: Case) -> Step:
         return [gradient.numpy() for gradient in parameter_gradient(image, label)]
 
     return step
-
-
-def _input_gradient(backbone: keras.Model) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
-    """Return the gradient of the cross-entropy by the image."""
-
-    @tf.function
-    def input_gradient(image: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(image)
-            values = losses.cross_entropy(backbone(image, training=False)["logits"], label)
-        return tape.gradient(values, image)
-
-    return input_gradient
 
 
 def _parameter_gradient(

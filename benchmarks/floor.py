@@ -92,5 +92,18 @@ def floor(case: Case) -> Step:
     return step
 
 
+def input_gradient_of(logits_fn: LogitsFn) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+    """Return the gradient by the image of the cross-entropy of a class, of `(image, label)`, as a compiled function."""
+
+    @tf.function
+    def input_gradient(image: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(image)
+            values = losses.cross_entropy(logits_fn(image), label)
+        return tape.gradient(values, image)
+
+    return input_gradient
+
+
 def _cross_entropy(label: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
     return losses.cross_entropy(logits, label)

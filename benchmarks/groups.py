@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Callable, NamedTuple
 
+from benchmarks.agkd_floor import agkd_floor
 from benchmarks.attack_case import AttackCase
 from benchmarks.attacks import EVALUATION, measure_attack, rows_of_attack
 from benchmarks.case import Case
@@ -64,6 +65,11 @@ def measure_osdn(case: Case, rounds: int) -> Measurement:
 def measure_dfa(case: Case, rounds: int) -> Measurement:
     """Time what `measure_control` does, against the floor of DFA."""
     return measure(case, rounds, strategies=mirrored(), make_floor=dfa_floor)
+
+
+def measure_agkd(case: Case, rounds: int) -> Measurement:
+    """Time what `measure_control` does, against the floor of AGKD-BML."""
+    return measure(case, rounds, strategies=mirrored(), make_floor=agkd_floor)
 
 
 def rows_of_steps(case: Case, measurement: Measurement) -> list[Row]:
@@ -170,6 +176,7 @@ CONTROLS = (
     {"defense": "trades", "steps": 3, **AWP},
 )
 OSDN = dataclasses.replace(RESNET, backbone="osdn_resnet8", defense="osdn_caml")
+AGKD = dataclasses.replace(RESNET, defense="agkd_bml")
 DFA = dataclasses.replace(RESNET, head="orthogonal", defense="dfa", steps=0)
 
 GROUPS = (
@@ -234,6 +241,17 @@ GROUPS = (
         quick_cases=(dataclasses.replace(DFA, width=4, image_shape=(8, 8, 1), batch_size=32),),
         measure=measure_dfa,
         name=defense_name,
+        rows=rows_of_steps,
+        reference="floor",
+    ),
+    Group(
+        kind="training",
+        title="A step of AGKD-BML ({case})",
+        columns=against_floor(at_most=1.25),
+        cases=(dataclasses.replace(AGKD, steps=1), dataclasses.replace(AGKD, steps=3)),
+        quick_cases=(dataclasses.replace(AGKD, width=4, image_shape=(8, 8, 1), batch_size=32, steps=1),),
+        measure=measure_agkd,
+        name=defense_and_attack_name,
         rows=rows_of_steps,
         reference="floor",
     ),

@@ -9,12 +9,12 @@ import numpy as np
 import tensorflow as tf
 
 from benchmarks.case import Case
+from benchmarks.floor import input_gradient_of
 from benchmarks.timing import Step
 from kerasdefense import defenses, losses
 from kerasdefense.defenses import OSDNCAML
 from kerasdefense.defenses.osdn_caml import ROTATIONS
 from kerasdefense.layers import rotate
-from kerasdefense.types import LogitsFn
 
 
 def osdn_floor(case: Case) -> Step:
@@ -42,7 +42,7 @@ def osdn_floor(case: Case) -> Step:
     def turn_logits(image: tf.Tensor) -> tf.Tensor:
         return rotation_head(encoder(image, training=False)["embedding"])
 
-    class_gradient, turn_gradient = _input_gradient(class_logits), _input_gradient(turn_logits)
+    class_gradient, turn_gradient = input_gradient_of(class_logits), input_gradient_of(turn_logits)
     parameter_gradient, peer_gradient = _parameter_gradient(defense), _peer_gradient(peer, defense.w_kl)
     target_logits = tf.function(class_logits)
 
@@ -56,19 +56,6 @@ def osdn_floor(case: Case) -> Step:
         return [gradient.numpy() for gradient in gradients]
 
     return step
-
-
-def _input_gradient(logits_fn: LogitsFn) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
-    """Return the gradient by the image of the cross-entropy of its label."""
-
-    @tf.function
-    def input_gradient(image: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(image)
-            values = losses.cross_entropy(logits_fn(image), label)
-        return tape.gradient(values, image)
-
-    return input_gradient
 
 
 def _parameter_gradient(defense: OSDNCAML) -> Callable[..., list[tf.Tensor]]:

@@ -58,6 +58,8 @@ class Ours:
         with strategy.scope():
             self.defense = defenses.build(case.run, case.make_backbone())
             self.defense.compile(optimizer=case.make_optimizer())
+            if self.defense.needs_bank:
+                self.defense.bank = case.make_bank()
             self.train_function = self.defense.make_train_function()
         dataset = tf.data.Dataset.from_tensors(case.batch()).repeat()
         self.iterator = iter(strategy.experimental_distribute_dataset(dataset))

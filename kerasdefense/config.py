@@ -96,9 +96,9 @@ class Defense:
         ("recommended", "released", "agkd_bml", "agkd_bml_few", "agkd_bml_7"),
     )
     label_smoothing: float = _field(
-        -1.0,
-        "label mass that is spread evenly, in [0, 1); -1 = the method's own (none; agkd_bml, and its teacher, 0.5 over "
-        "the others)",
+        0.0,
+        "label mass that is spread evenly, in [0, 1); 0 = the method's own (agkd_bml and its teacher 0.5 over the "
+        "others, else none), -1 = none",
         low=-1,
         high=1,
     )

@@ -28,6 +28,7 @@ IMAGES = 300
 # Counts alone: the model, its attack and its losses stay as they are configured.
 FEW = [
     "--train_epochs=1",
+    "--defense_teacher_epochs=0",
     "--train_steps_per_epoch=1",
     "--train_batch_size=4",
     "--train_validate_every=1",
@@ -41,6 +42,9 @@ FEW = [
     "--detector_fit_examples=64",
     "--noprogress",
 ]
+
+FROM_SCRATCH = ["--backbone_path=", "--defense_teacher="]
+"""In place of models that other configurations train."""
 
 every_config = pytest.mark.parametrize("flagfile", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 
@@ -112,7 +116,12 @@ def test_every_config_resolves(flagfile, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)  # nested flag files are found from any working directory
     settings = configured(flagfile)
     with mocked(settings.data.name, tmp_path / "sets") as given:
-        arguments = [f"--flagfile={flagfile}", "--dry_run", "--backbone_width=3"]  # building wide ones takes seconds
+        arguments = [
+            f"--flagfile={flagfile}",
+            "--dry_run",
+            "--backbone_width=3",
+            *FROM_SCRATCH,
+        ]  # building wide ones takes seconds
         assert run.main([*arguments, *given, *unknown_sets(settings, tmp_path / "unknown")]) == 0
     printed = capsys.readouterr().out
     assert "trainable parameters" in printed and "--attack_epsilon=" in printed
@@ -123,7 +132,7 @@ def test_every_config_resolves(flagfile, monkeypatch, capsys, tmp_path):
 @every_config
 def test_config_is_alive(flagfile, run_dir, tmp_path, capsys):
     settings = configured(flagfile)
-    arguments = [f"--flagfile={flagfile}", *FEW, f"--run_dir={run_dir}"]
+    arguments = [f"--flagfile={flagfile}", *FEW, *FROM_SCRATCH, f"--run_dir={run_dir}"]
     if settings.train.precision == "mixed_float16":  # an input gradient took 100 times as long on CPUs
         arguments.append("--train_precision=float32")
     if settings.detector.fit_on == "adv":  # after one step of training no attacked image may be classified rightly

@@ -121,12 +121,13 @@ def test_modes_do_one_part_each(finished, tmp_path, capsys):
         (
             ["--defense_name=magic"],
             2,
-            "unknown defense 'magic'; valid: dfa, dfa_at, fgsm_rs, mart, mixup, osdn_caml, pgd_at, standard, trades",
+            "unknown defense 'magic'; valid: agkd_bml, dfa, dfa_at, fgsm_rs, mart, mixup, osdn_caml, pgd_at, standard, "
+            "trades",
         ),
         (["--backbone_name=vgg"], 2, "unknown backbone 'vgg'; valid:"),
         (["--defense_name=fgsm_rs", "--attack_steps=7"], 2, "fgsm_rs takes one step"),
         (["--defense_name=pgd_at", "--attack_name=cleverhans_pgd"], 2, "cannot craft training images"),
-        (["--defense_name=standard", "--defense_preset=released"], 2, "has no release"),
+        (["--defense_name=standard", "--defense_preset=released"], 2, "is no preset of standard; it has: recommended"),
         (["--defense_name=dfa"], 2, "absolute cosines are the logits; pass --backbone_head=orthogonal"),
         (
             ["--backbone_name=small_cnn", "--backbone_width=2", "--backbone_head=orthogonal"],

@@ -102,11 +102,10 @@ def _preset(defense: config.Defense, kind: type[Defense]) -> Preset:
 
 def _label_smoothing(defense: config.Defense, classes: int) -> dict[str, float]:
     """Return the label smoothing that flags ask for, none where they leave it to the method."""
-    if defense.label_smoothing < 0:
+    if not defense.label_smoothing:
         return {}
-    if defense.smoothing_over == "all":
-        return {"label_smoothing": defense.label_smoothing}
-    return {"label_smoothing": losses.smoothing_over_others(defense.label_smoothing, classes)}
+    mass = max(0.0, defense.label_smoothing)
+    return {"label_smoothing": mass if defense.smoothing_over == "all" else losses.smoothing_over_others(mass, classes)}
 
 
 def _own_settings(defense: config.Defense, kind: type[Defense]) -> dict[str, Any]:

@@ -167,7 +167,7 @@ class AGKDBML(Defense):
             raise UsageError(
                 "--defense_teacher_epochs is for a teacher that is trained; leave it or --defense_teacher out"
             )
-        smoothing = (own.label_smoothing, own.smoothing_over) if own.label_smoothing >= 0 else (OTHERS_MASS, "others")
+        smoothing = (own.label_smoothing, own.smoothing_over) if own.label_smoothing else (OTHERS_MASS, "others")
         epochs = own.teacher_epochs or run.train.epochs
         of_teacher = dataclasses.replace(
             run,

@@ -12,7 +12,7 @@ from kerasdefense.evaluation.report import radius
 from kerasdefense.files import check_schema
 
 _SCHEMA = Path(__file__).with_name("robustbench.schema.json")
-_AUTOATTACK = ("autoattack", "plus")
+_AUTOATTACK = ("autoattack", "gap_autoattack", "plus")
 _BOARDS = {
     ("cifar10", "linf", 8 / 255): 10_000,
     ("cifar10", "l2", 0.5): 10_000,

@@ -14,6 +14,8 @@ from kerasdefense.data import Split
 from kerasdefense.files import replacing
 
 COUNT = 8
+SHOWN_SIDE = 64
+"""Pixels to which images are enlarged in the files, by a whole number of times."""
 
 
 class Pictures(keras.callbacks.Callback):
@@ -73,8 +75,10 @@ def _in_colours(maps: tf.Tensor, size: Sequence[int]) -> tf.Tensor:
 def _write_rows(path: Path, *rows: tf.Tensor) -> None:
     """Write rows of images [count, h, w, c] in [0, 1], grey or of three colours, below each other to one PNG file."""
     colours = max(row.shape[-1] for row in rows)
-    rows = tuple(row if row.shape[-1] == colours else tf.image.grayscale_to_rgb(row) for row in rows)
-    picture = tf.concat([tf.concat(tf.unstack(row), axis=1) for row in rows], axis=0)
+    images = [row if row.shape[-1] == colours else tf.image.grayscale_to_rgb(row) for row in rows]
+    picture = tf.concat([tf.concat(tf.unstack(row), axis=1) for row in images], axis=0)
+    times = max(1, SHOWN_SIDE // rows[0].shape[1])
+    picture = tf.repeat(tf.repeat(picture, times, axis=0), times, axis=1)
     png = tf.io.encode_png(tf.image.convert_image_dtype(picture, tf.uint8, saturate=True))
     with replacing(path) as temporary:
         temporary.write_bytes(png.numpy())

@@ -324,7 +324,7 @@ def test_flags_can_say_nothing_and_can_say_zero(name):
 
 def test_release_passes_partners_separately_and_has_no_adversarial_variant():
     assert not defenses.build(config.Run(defense=config.Defense("dfa", "released")), encoder()).share_forward
-    with pytest.raises(UsageError, match="dfa_at has no release to follow"):
+    with pytest.raises(UsageError, match="released is no preset of dfa_at"):
         defenses.build(config.Run(defense=config.Defense("dfa_at", "released")), encoder())
 
 

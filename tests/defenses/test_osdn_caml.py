@@ -401,7 +401,7 @@ def test_released_preset_passes_the_recomputation_in_training_mode():
     defense = defenses.build(run, encoder())
     assert defense.bn_update_on_recompute and defense.w_kl == 1
     assert not defenses.build(config.Run(defense=config.Defense(name="osdn_caml")), encoder()).bn_update_on_recompute
-    with pytest.raises(UsageError, match="trades has no release to follow"):
+    with pytest.raises(UsageError, match="released is no preset of trades"):
         defenses.build(config.Run(defense=config.Defense(name="trades", preset="released")), encoder())
 
 

@@ -5,7 +5,7 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kerasdefense import training
-from kerasdefense.training.pictures import COUNT, Pictures
+from kerasdefense.training.pictures import COUNT, SHOWN_SIDE, Pictures
 
 
 def test_pictures_are_clean_attacked_and_the_change(digits, small_run, tmp_path):
@@ -38,7 +38,8 @@ def test_what_a_method_draws_anew_is_shown_and_kept_in_the_run_directory(digits,
     encoded = tf.make_ndarray(events.Tensors("decoded")[0].tensor_proto)[2:]  # after width and height
     shown = np.concatenate([tf.io.decode_png(each).numpy() for each in encoded], axis=1)
     kept = tf.io.decode_png((tmp_path / "reconstructions.png").read_bytes()).numpy()
-    assert kept.shape == (3 * 8, COUNT * 8, 1)
+    assert kept.shape == (3 * SHOWN_SIDE, COUNT * SHOWN_SIDE, 1)
+    kept = kept[:: SHOWN_SIDE // 8, :: SHOWN_SIDE // 8]
     clean, attacked, decoded = np.split(kept.astype(int), 3)
     np.testing.assert_allclose(clean, np.concatenate(list(255 * pictures.batch["image"]), axis=1), atol=1)
     assert 0 < np.abs(clean - attacked).max() <= 255 * 0.1 + 1
