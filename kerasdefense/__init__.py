@@ -13,13 +13,26 @@ if sys.argv[:1] == [
 from kerasdefense.attacks import APGD, FAB, FGSM, FGSMRS, PGD, AttackResult, Square
 from kerasdefense.backbones import as_backbone
 from kerasdefense.config import Run
-from kerasdefense.defenses import FGSMRSAT, MART, OSDNCAML, PGDAT, TRADES, Defense, Standard
+from kerasdefense.defenses import (
+    AGKDBML,
+    DFA,
+    FGSMRSAT,
+    MART,
+    OSDNCAML,
+    PGDAT,
+    TRADES,
+    Defense,
+    ExampleBank,
+    Standard,
+)
 from kerasdefense.evaluation import RobustValidation, assert_robust, evaluate
 from kerasdefense.training import train
 from kerasdefense.types import InputError, UsageError
 
 __all__ = [
+    "AGKDBML",
     "APGD",
+    "DFA",
     "FAB",
     "FGSM",
     "FGSMRS",
@@ -31,6 +44,7 @@ __all__ = [
     "TRADES",
     "AttackResult",
     "Defense",
+    "ExampleBank",
     "InputError",
     "RobustValidation",
     "Run",
