@@ -91,9 +91,8 @@ class Defense:
     name: str = _field("standard", "training method, a key of DEFENSES")
     preset: str = _field(
         "recommended",
-        "recommended settings, the behaviour of the authors' release, or a named variant (agkd_bml_few: 2 steps, "
-        "agkd_bml_7: 7)",
-        ("recommended", "released", "agkd_bml", "agkd_bml_few", "agkd_bml_7"),
+        "recommended settings, released (the behaviour of the authors' release), or a variant of the method's own "
+        "(agkd_bml_few: 2 steps, agkd_bml_7: 7)",
     )
     label_smoothing: float = _field(
         0.0,
@@ -166,7 +165,7 @@ class Defense:
     mart_beta: float = _field(
         0.0, "weight of the divergence of MART's term beside agkd_bml, 6 in its release; 0 = no such term", low=0
     )
-    attn_power: float = _field(1.0, "power of the features that an attention map sums", low=0)
+    attn_power: float = _field(1.0, "power of the features that an attention map sums, at least 1", low=1)
     attn_norm: str = _field("minmax", "how attention maps are made comparable", ("minmax", "l2"))
     attn_p: float = _field(1.0, "power of the distance of attention maps, at least 1", low=1)
     attn_layers: str = _field(
@@ -245,7 +244,9 @@ class Evaluate:
         "what --evaluate_model returns; probabilities are turned into logits, where its last layer allows exactly",
         ("logits", "probabilities"),
     )
-    surrogates: str = _field("", "other models, comma-separated, on which transfer attacks look (adaptive, blackbox)")
+    surrogates: str = _field(
+        "", "other models, comma-separated, on which transfer attacks look (adaptive, blackbox, gap)"
+    )
     examples: int = _field(1000, "test images, from the first on; 0 = all", low=0)
     norm: str = _field("", "norm of the evaluation attacks; empty = the one the model was made for", ("", "linf", "l2"))
     epsilon: float = _field(0.0, "radius of the evaluation attacks; 0 = the one the model was made for", low=0)

@@ -17,7 +17,7 @@ from kerasdefense.backbones.blocks import ImageShape
 from kerasdefense.backbones.decoder import decoder
 from kerasdefense.backbones.denoising import denoising_places, denoising_resnet, plain_copy
 from kerasdefense.backbones.orthogonal import orthogonal_head, with_orthogonal_head
-from kerasdefense.backbones.own import as_backbone, load, read
+from kerasdefense.backbones.own import as_backbone, fitted, load, read
 from kerasdefense.backbones.plain import small_cnn
 from kerasdefense.backbones.precision import in_precision, precision_of, with_precision
 from kerasdefense.backbones.resnet import cifar_resnet, resnet18
@@ -91,6 +91,7 @@ __all__ = [
     "decoder",
     "denoising_places",
     "denoising_resnet",
+    "fitted",
     "in_precision",
     "orthogonal_head",
     "plain_copy",

@@ -47,7 +47,8 @@ def as_backbone(
     Raises:
         InputError: if the model is of another kind, or the name of a layer is needed.
     """
-    keras_model = getattr(keras_model, "backbone", keras_model)
+    if hasattr(keras_model, "attack_paths"):
+        keras_model = keras_model.backbone
     _check_graph(keras_model)
     if isinstance(keras_model.output, dict) and {"feature_map", "embedding", "logits"} <= set(keras_model.output):
         if preprocess is not None:
@@ -78,16 +79,28 @@ def load(backbone: config.Backbone, *, image_shape: ImageShape, classes: int) ->
         )
     except InputError as error:
         raise InputError(f"{flag}: {error}") from error
-    shape = tuple(model.inputs[0].shape[1:])
+    try:
+        return fitted(model, image_shape=image_shape, classes=classes)
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from error
+
+
+def fitted(backbone: keras.Model, *, image_shape: ImageShape, classes: int) -> keras.Model:
+    """Return a backbone for images of one shape: itself, or where it takes any size, one that is made of it.
+
+    Raises:
+        InputError: it does not take images of `image_shape`, or has another number of `classes`.
+    """
+    shape = tuple(backbone.inputs[0].shape[1:])
     if any(side not in (None, given) for side, given in zip(shape, image_shape)):
-        raise InputError(f"{flag}: the model takes images of {shape}, but those of the data are {tuple(image_shape)}")
-    outputs = model.output["logits"].shape[-1]
+        raise InputError(f"the model takes images of {shape}, but those of the data are {tuple(image_shape)}")
+    outputs = backbone.output["logits"].shape[-1]
     if outputs != classes:
-        raise InputError(f"{flag}: the model has {outputs} classes, but the data has {classes}")
+        raise InputError(f"the model has {outputs} classes, but the data has {classes}")
     if shape == tuple(image_shape):
-        return model
-    image = keras.Input(image_shape, dtype="float32", name="image")  # it takes any size: fix that of the data
-    return keras.Model(image, model(image), name=model.name)
+        return backbone
+    image = keras.Input(image_shape, dtype="float32", name="image")
+    return keras.Model(image, backbone(image), name=backbone.name)
 
 
 def read(path: Union[str, Path]) -> keras.Model:

@@ -40,6 +40,10 @@ DEFENSES: dict[str, type[Defense]] = {
 }
 
 
+_NO_SMOOTHING = -1.0
+"""Label smoothing where a method that has its own shall have none."""
+
+
 def stages(run: config.Run) -> tuple[Stage, ...]:
     """Return the stages that the defense of a run is trained in before itself."""
     return look_up(DEFENSES, run.defense.name, "defense").stages(run)
@@ -59,7 +63,7 @@ def build(
     name = run.defense.name
     kind = look_up(DEFENSES, name, "defense")
     preset = _preset(run.defense, kind)
-    training_attack = preset.attack(run.attack)
+    training_attack = preset.attack(run.attack, run.defense.preset)
     if name == "fgsm_rs":
         if run.attack.steps > 1:
             raise UsageError(
@@ -102,10 +106,15 @@ def _preset(defense: config.Defense, kind: type[Defense]) -> Preset:
 
 def _label_smoothing(defense: config.Defense, classes: int) -> dict[str, float]:
     """Return the label smoothing that flags ask for, none where they leave it to the method."""
-    if not defense.label_smoothing:
+    mass = defense.label_smoothing
+    if not mass:
         return {}
-    mass = max(0.0, defense.label_smoothing)
-    return {"label_smoothing": mass if defense.smoothing_over == "all" else losses.smoothing_over_others(mass, classes)}
+    if mass == _NO_SMOOTHING:
+        return {"label_smoothing": 0.0}
+    if mass < 0:
+        raise UsageError(f"--defense_label_smoothing={mass:g} must be in [0, 1), or {_NO_SMOOTHING:g} for none")
+    is_over_all = defense.smoothing_over == "all"
+    return {"label_smoothing": mass if is_over_all else losses.smoothing_over_others(mass, classes)}
 
 
 def _own_settings(defense: config.Defense, kind: type[Defense]) -> dict[str, Any]:

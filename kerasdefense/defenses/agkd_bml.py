@@ -48,8 +48,8 @@ class AGKDBML(Defense):
     Args:
         backbone: functional Keras model from image to `feature_map`, `embedding` and `logits`.
         attack: that of step 3.
-        teacher: T, with the outputs of a backbone, for the same images and classes; None = a copy of the backbone as it
-            is given. Its feature maps may have other channels and another size, to which no attention map is bound.
+        teacher: T, with the outputs of a backbone, for the same images and classes, of which a copy is kept; None = the
+            backbone as it is given. Its feature maps may have other channels and, where maps are resized, another size.
         init_from_teacher: whether S starts from T's weights, for which it must be built alike.
         w_kd: weight of the attention terms, at least 0, as the others.
         w_bml: weight of the triplets.
@@ -60,7 +60,7 @@ class AGKDBML(Defense):
         ce_clean: weight of the cross-entropy of x1; 0 = none.
         ce_backward: weight of the cross-entropy of x2'; 0 = none.
         mart_beta: weight of the divergence of the MART term; 0 = no such term.
-        attn_power: power of the features that an attention map sums.
+        attn_power: power of the features that an attention map sums, at least 1.
         attn_norm: "minmax" or "l2", see `losses.attention_map`.
         attn_p: power of the distance of maps.
         attn_layers: names of the layers whose maps are compared, in both networks, comma-separated, their mean counting
@@ -69,7 +69,9 @@ class AGKDBML(Defense):
             of K classes.
 
     Source: the code released with AGKD-BML (Wang, Deng, Yoo, Ling & Lin 2021, ICCV; arXiv 2108.06017); the paper's text
-    was not at hand. Deviations: no MART term unless `mart_beta` is given, which the released script always has
+    was not at hand, so that how many steps its best figures were trained with is not known, and results are those of a
+    re-implementation. That the teacher's labels are smoothed as the student's is what the name of a folder in that code
+    implies. Deviations: no MART term unless `mart_beta` is given, which the released script always has
     (`--defense_preset=released`); random starts are clipped to [0, 1]; constant maps give 0, theirs NaN; the decay of
     weights is decoupled, and of kernels alone; the best epoch is chosen on held-out images by accuracy under PGD, where
     theirs is the best on clean test images. A smoothing of 0.5 is what published attacks on methods of this kind
@@ -77,8 +79,8 @@ class AGKDBML(Defense):
     """
 
     caveat = (
-        "AGKD-BML smooths labels by a half, which flattens the cross-entropy that PGD follows: its accuracy under PGD "
-        "is no measure of its robustness."
+        "AGKD-BML smooths labels, by a half unless told otherwise, which flattens the cross-entropy that PGD follows: "
+        "its accuracy under PGD is no measure of its robustness."
     )
     presets: ClassVar[Mapping[str, Preset]] = {
         "agkd_bml": Preset(),
@@ -137,7 +139,7 @@ class AGKDBML(Defense):
         )
         losses.check_attention(attn_power, attn_norm, attn_p)
         if label_smoothing is None:
-            label_smoothing = _smoothing_of(backbone.output_shape["logits"][-1])
+            label_smoothing = losses.smoothing_over_others(OTHERS_MASS, backbone.output_shape["logits"][-1])
         super().__init__(backbone, attack=attack, label_smoothing=label_smoothing, **kwargs)
         self.init_from_teacher = init_from_teacher
         self.w_kd, self.w_bml, self.w_norm, self.triplet_margin = w_kd, w_bml, w_norm, triplet_margin
@@ -149,10 +151,7 @@ class AGKDBML(Defense):
         self.terms += ("clean_cross_entropy_loss",) if ce_clean else ()
         self.terms += ("backward_cross_entropy_loss",) if ce_backward else ()
         self.terms += ("runner_up_loss", "weighted_kl_divergence_loss") if mart_beta else ()
-        if teacher is not None:
-            teaching.check_teacher(backbone, teacher)
-        self.teacher = teacher or teaching.frozen_copy(backbone)
-        self.teacher.trainable = False
+        self.teacher = teaching.teacher_for(backbone, teacher or backbone)
         if init_from_teacher:
             teaching.start_from(backbone, self.teacher)
         for network in (backbone, self.teacher):
@@ -264,9 +263,8 @@ class AGKDBML(Defense):
         """
         if not self.bidirectional:
             return [self.craft(batch, self.attack, context=_towards(batch, drawn.label)), drawn.image]
-        both = Batch(*(tf.concat(each, axis=0) for each in zip(batch, drawn)))
-        target = tf.concat([drawn.label, batch.label], axis=0)
-        return tf.split(self.craft(both, self.attack, context=_towards(both, target)), 2)
+        both, context = _both(batch, drawn)
+        return tf.split(self.craft(both, self.attack, context=context), 2)
 
     def craft(
         self, batch: Batch, attack: PGD, *, loss_fn: Optional[LossFn] = None, context: Context = None
@@ -277,12 +275,16 @@ class AGKDBML(Defense):
         return super().craft(batch, attack, loss_fn=loss_fn, context=context)
 
     def attention(self, image: tf.Tensor, image_adv: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Return where the teacher looks in `image` and the student in `image_adv`, maps [batch, h, w] in [0, 1]."""
-        feature_maps = {
-            "teacher": self.teacher(image, training=False)["feature_map"],
-            "student": self.backbone(image_adv, training=False)["feature_map"],
-        }
-        return {name: losses.attention_map(each, power=self.attn_power) for name, each in feature_maps.items()}
+        """Return where the teacher looks in `image` and the student in `image_adv`, maps [batch, h, w] from 0 to 1.
+
+        By the layers that are compared, whatever their maps are divided by in training.
+        """
+        layers, maps = teaching.layer_names(self.attn_layers) or ["feature_map"], {}
+        networks = {"teacher": (self.teacher, image), "student": (self.backbone, image_adv)}
+        for name, (network, images) in networks.items():
+            for layer, each in zip(layers, self._watched(network, [images])["watched"]):
+                maps[f"{name}_{layer}"] = losses.attention_map(each, power=self.attn_power)
+        return maps
 
     def internals(self, batch: Batch, image_adv: tf.Tensor, attack: PGD, seed: int) -> dict[str, tf.Tensor]:
         """Return, besides what every backbone tells, how attention and embedding stand after attacks.
@@ -298,11 +300,9 @@ class AGKDBML(Defense):
             student = self._watched(self.backbone, [each])["watched"]
             figures[f"{prefix}attention_distance"] = self._attention_distance(student, aim)
         drawn, there = _others_of(batch, self.most_confusing(batch), seed)
-        start = seeds.per_example(seed, -1, tf.concat([batch.index, drawn.index], axis=0))
-        both = Batch(*(tf.concat(each, axis=0) for each in zip(batch, drawn)))
-        context = _towards(both, tf.concat([drawn.label, batch.label], axis=0))
+        both, context = _both(batch, drawn)
         loss_fn = OBJECTIVES["targeted_cross_entropy"](self._logits)
-        attacked = self._search(attack, loss_fn, both.image, context, start)
+        attacked = self._search(attack, loss_fn, both.image, context, seeds.per_example(seed, -1, both.index))
         clean, adversarial, backward = (
             self.activations(each)["embedding"] for each in (batch.image, *tf.split(attacked, 2))
         )
@@ -322,18 +322,14 @@ class AGKDBML(Defense):
         return {**super().get_config(), **{name: getattr(self, name) for name in self.settings}}
 
 
-def _smoothing_of(classes: int) -> float:
-    """Return the mass over all classes that leaves OTHERS_MASS to those that an image is not of."""
-    if classes == 2:
-        raise UsageError(
-            f"with two classes a label mass of {OTHERS_MASS:g} on the other one leaves nothing to learn; pass "
-            "--defense_label_smoothing=0.1"
-        )
-    return losses.smoothing_over_others(OTHERS_MASS, classes)
-
-
 def _towards(batch: Batch, target: tf.Tensor) -> dict[str, tf.Tensor]:
     return {"label": batch.label, "target": target}
+
+
+def _both(batch: Batch, drawn: Batch) -> tuple[Batch, dict[str, tf.Tensor]]:
+    """Return a batch and the images drawn for it as one, and the context of attacks from each towards the other."""
+    both = Batch(*(tf.concat(each, axis=0) for each in zip(batch, drawn)))
+    return both, _towards(both, tf.concat([drawn.label, batch.label], axis=0))
 
 
 def _others_of(batch: Batch, target: tf.Tensor, seed: int) -> tuple[Batch, tf.Tensor]:

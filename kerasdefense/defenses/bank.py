@@ -21,11 +21,12 @@ Augment = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 class ExampleBank:
     """Training images, sorted by class, in the memory of the host: one copy per process, gathered in the graph.
 
+    `image` and `label` are kept, in that order.
+
     Args:
         image: uint8 [n, h, w, c], grey levels.
         label: int [n], in [0, classes).
         classes: number of classes.
-        index: int [n], numbers by which the images go elsewhere; None = their places.
         augment: what is done to an image that is drawn; None = nothing.
 
     Raises:
@@ -38,7 +39,6 @@ class ExampleBank:
         label: np.ndarray,
         *,
         classes: int,
-        index: Optional[np.ndarray] = None,
         augment: Optional[Augment] = None,
     ) -> None:
         if image.dtype != np.uint8 or image.ndim != 4 or not np.issubdtype(label.dtype, np.integer):
@@ -48,11 +48,11 @@ class ExampleBank:
             raise InputError(f"a bank of {len(image)} images needs as many labels, in [0, {classes})")
         count = np.bincount(label, minlength=classes)
         check_counts(count, [str(each) for each in range(classes)])
-        order = np.argsort(label, kind="stable")
+        if (np.diff(label) < 0).any():
+            order = np.argsort(label, kind="stable")
+            image, label = image[order], label[order]
         with tf.device("CPU:0"):
-            self.image = tf.constant(image[order])
-            self.label = tf.constant(label[order])
-            self.index = tf.constant(order if index is None else index[order], tf.int32)
+            self.image, self.label = tf.constant(image), tf.constant(label)
         self.count = tf.constant(count, tf.int32)
         self.offset = tf.constant(np.cumsum(count) - count, tf.int32)
         self.augment = augment

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kerasdefense import config
+from kerasdefense.types import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +24,16 @@ class Preset:
     steps: int = 0
     step_share: float = 0.0
 
-    def attack(self, given: config.Attack) -> config.Attack:
-        """Return the training attack that a run describes, with what the preset says of it."""
-        if given.steps:
+    def attack(self, given: config.Attack, name: str) -> config.Attack:
+        """Return the training attack that a run describes, with what the preset of this `name` says of it.
+
+        Raises:
+            UsageError: the run says something else.
+        """
+        if not self.steps:
             return given
+        if given.steps not in (0, self.steps) or given.name != "pgd":
+            other = f"--attack_steps={given.steps}" if given.name == "pgd" else f"--attack_name={given.name}"
+            raise UsageError(f"--defense_preset={name} takes {self.steps} steps of pgd, not {other}; leave one out")
         step_size = given.step_size or self.step_share * given.epsilon
         return dataclasses.replace(given, steps=self.steps, step_size=step_size)

@@ -2,43 +2,54 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import keras
 
+from kerasdefense import backbones
 from kerasdefense.types import InputError, UsageError
 
 
-def frozen_copy(backbone: keras.Model) -> keras.Model:
+def frozen_copy(network: keras.Model) -> keras.Model:
     """Return a copy of a backbone, weights included, that does not train."""
-    copy = type(backbone).from_config(backbone.get_config())
-    copy.set_weights(backbone.get_weights())
+    copy = type(network).from_config(network.get_config())
+    copy.set_weights(network.get_weights())
     copy.trainable = False
     return copy
 
 
-def check_teacher(student: keras.Model, teacher: keras.Model) -> None:
-    """Raise an InputError unless a teacher answers the student's images with its classes."""
-    if tuple(teacher.input_shape) != tuple(student.input_shape):
-        raise InputError(
-            f"the teacher takes images {tuple(teacher.input_shape[1:])}, the student {tuple(student.input_shape[1:])}; "
-            "they must be the same"
-        )
-    classes = [network.output_shape["logits"][-1] for network in (teacher, student)]
-    if classes[0] != classes[1]:
-        raise InputError(f"the teacher has {classes[0]} classes, the student {classes[1]}; they must be the same")
+def teacher_for(student: keras.Model, teacher: keras.Model) -> keras.Model:
+    """Return a frozen copy of a teacher, for the images of its student.
+
+    Raises:
+        InputError: it takes other images, or has other classes.
+    """
+    image_shape, classes = tuple(student.input_shape[1:]), student.output_shape["logits"][-1]
+    try:
+        return frozen_copy(backbones.fitted(teacher, image_shape=image_shape, classes=classes))
+    except InputError as error:
+        raise InputError(f"the teacher does not fit its student: {error}") from error
 
 
 def start_from(student: keras.Model, teacher: keras.Model) -> None:
     """Give the student its teacher's weights, or raise a UsageError where it is not built alike."""
-    shapes = [[tuple(weight.shape) for weight in network.weights] for network in (student, teacher)]
-    if shapes[0] != shapes[1]:
+    pairs = list(itertools.zip_longest(*(_weighted_layers(network) for network in (student, teacher))))
+    shapes = [[layer and [tuple(each.shape) for each in layer.weights] for layer in pair] for pair in pairs]
+    if any(own != of_teacher for own, of_teacher in shapes):
         raise UsageError(
             f"the student ({student.name}, {student.count_params():,} parameters) is not built as its teacher "
             f"({teacher.name}, {teacher.count_params():,}), so it cannot start from its weights: pass "
             "--nodefense_init_from_teacher, or a teacher of the same architecture and width"
         )
-    student.set_weights(teacher.get_weights())
+    for own, of_teacher in pairs:
+        own.set_weights(of_teacher.get_weights())
+
+
+def _weighted_layers(network: keras.Model) -> list[keras.layers.Layer]:
+    """Return the layers that hold weights and no other layers, which do not change their order when frozen."""
+    layers = [each for each in network.submodules if isinstance(each, keras.layers.Layer) and each.weights]
+    return [each for each in layers if not any(isinstance(part, keras.layers.Layer) for part in each.submodules)]
 
 
 def watched(network: keras.Model, layers: str) -> keras.Model:
@@ -52,11 +63,17 @@ def watched(network: keras.Model, layers: str) -> keras.Model:
         UsageError: a name that none of its layers has that gives a feature map.
     """
     maps = {layer.name: layer.output for layer in network.layers if _is_map(layer)}
-    for name in filter(None, layers.split(",")):
+    names = layer_names(layers)
+    for name in names:
         if name not in maps:
             raise UsageError(f"{network.name} has no layer {name!r} that gives a feature map; it has {', '.join(maps)}")
-    chosen = [maps[name] for name in layers.split(",")] if layers else [network.output["feature_map"]]
+    chosen = [maps[name] for name in names] or [network.output["feature_map"]]
     return keras.Model(network.input, {**network.output, "watched": chosen})
+
+
+def layer_names(layers: str) -> list[str]:
+    """Return the names in a list of them, comma-separated."""
+    return [name.strip() for name in layers.split(",") if name.strip()]
 
 
 def _is_map(layer: keras.layers.Layer) -> bool:

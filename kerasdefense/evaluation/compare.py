@@ -34,7 +34,7 @@ _ALONE = {
     "features": "feature_matching_accuracy",
     "transfer": "transfer_apgd_margin_accuracy",
 }
-"""What the suites `gap` and `gap_autoattack` run on every image; in others these meet what stands after others."""
+"""What the suite `gap` runs on every image; in others these meet what stands after others."""
 _DIFFERENCES = {"Δ clean": "clean_difference", "Δ worst": "robust_difference"}
 
 
@@ -173,7 +173,7 @@ def to_csv(comparison: Comparison) -> str:
 def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Return the headings and the cells of every row, as people read them."""
     suite = str(comparison.rows[0].run.setting["suite"])
-    shown = {**_COLUMNS, **_ALONE} if suite.split()[0] in ("gap", "gap_autoattack") else _COLUMNS
+    shown = {**_COLUMNS, **_ALONE} if suite.split()[0] == "gap" else _COLUMNS
     columns = {words: name for words, name in shown.items() if name in comparison.rows[0].figures}
     headings = ["run", "attack budget", "n", *columns, *_DIFFERENCES, "pairs"]
     lines = []

@@ -160,6 +160,7 @@ def summary(measured: Measured, threat_model: ThreatModel) -> dict[str, Any]:
                 "objective": search.planned.objective,
                 "draws": search.planned.draws,
                 "replaces": search.planned.replaces,
+                "alone": search.planned.alone,
                 "threat_model": threat_model._asdict(),
                 "attacked": int(outcomes.met[column]),
                 "own_accuracy": accuracy_interval(survived[: search.planned.examples or None]),

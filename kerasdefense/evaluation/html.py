@@ -16,7 +16,7 @@ import jinja2
 from kerasdefense.evaluation.examples import Examples, choose_examples, data_uri
 from kerasdefense.evaluation.examples import pictures as pictures_of
 from kerasdefense.evaluation.open_set.page import unknown_images
-from kerasdefense.evaluation.report import radius, wilson
+from kerasdefense.evaluation.report import left_by, radius
 from kerasdefense.evaluation.suites import SUITES
 from kerasdefense.files import write_text
 
@@ -89,7 +89,7 @@ def write_report(
         title=title,
         radius=lambda epsilon: _radius(threat["norm"], epsilon),
         suite_words=_suite_words(known),
-        attacks=[{**attack, "left": _left(attack, known)} for attack in known["attacks"]],
+        attacks=[{**attack, "left": left_by(attack, known)} for attack in known["attacks"]],
         banners=list(_banners(known)),
         curve=_curve(known["curve"], threat),
         seconds=sum(attack["seconds"] for attack in known["attacks"]),
@@ -107,14 +107,6 @@ def _suite_words(results: Mapping[str, Any]) -> str:
     if results["flags"].get("randomised") and results["suite"] != "quick":
         return "the protocol for models that draw at random, in place of the suite's attacks"
     return SUITES[results["suite"]].words if results["suite"] in SUITES else ""
-
-
-def _left(attack: Mapping[str, Any], results: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what an attack leaves: of its own where each met all images, else together with those before it."""
-    if not results["cascade"]:
-        return attack["own_accuracy"]
-    total = results["clean_accuracy"]["n"]
-    return wilson(round(attack["cascaded_accuracy"] * total), total)
 
 
 class _Banner(NamedTuple):

@@ -69,6 +69,7 @@ def measure_internals(
     parts = [chunk.rows(np.arange(first, min(first + _BATCH, count))) for first in range(0, count, _BATCH)]
     image_adv = np.concatenate([move(part) for part in parts])
     told, embeddings = _told(model, chunk, image_adv, attack, seed)
+    told = {name: values for name, values in told.items() if not np.isnan(values).all()}
     figures = {**told, **_loss_rises(model, chunk, image_adv, seed)}
     of_all = {}
     if embeddings is not None:

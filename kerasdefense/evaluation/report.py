@@ -104,15 +104,29 @@ def table(results: Mapping[str, Any], title: str) -> Table:
     shown.add_row("clean", _percent(clean["value"]), _interval(clean), "", "")
     for attack in results["attacks"]:
         path = "" if attack["path"] == "exact" else f" via {attack['path']}"
-        left = wilson(round(attack["cascaded_accuracy"] * clean["n"]), clean["n"])
-        left = left if results["cascade"] else attack["own_accuracy"]
+        left = left_by(attack, results)
         cells = (_percent(left["value"]), _interval(left), f"{attack['attacked']:,}", f"{attack['seconds']:.1f}")
-        shown.add_row(f"{'and ' if results['cascade'] else ''}after {attack['name']}{path}", *cells)
+        words = "after" if met_all(attack, results) else "and after"
+        shown.add_row(f"{words} {attack['name']}{path}{' alone' if attack.get('alone') else ''}", *cells)
     shown.add_section()
     bound = "" if results["complete"] else "at most "
     cells = (bound + _percent(robust["value"]), _interval(robust), "", "")
     shown.add_row("robust: worst of all", *cells, style="bold")
     return shown
+
+
+def met_all(attack: Mapping[str, Any], results: Mapping[str, Any]) -> bool:
+    """Return whether an attack met every image that is right clean, and not only what stood after those before it."""
+    return not results["cascade"] or bool(attack.get("alone"))
+
+
+def left_by(attack: Mapping[str, Any], results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what an attack leaves: alone where it met all images, else together with those before it."""
+    if met_all(attack, results):
+        own: Mapping[str, Any] = attack["own_accuracy"]
+        return own
+    total = results["clean_accuracy"]["n"]
+    return wilson(round(attack["cascaded_accuracy"] * total), total)
 
 
 def sanity_lines(results: Mapping[str, Any]) -> list[str]:

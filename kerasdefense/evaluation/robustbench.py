@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
-from kerasdefense.evaluation.report import radius
+from kerasdefense.evaluation.report import met_all, radius
 from kerasdefense.files import check_schema
 
 _SCHEMA = Path(__file__).with_name("robustbench.schema.json")
-_AUTOATTACK = ("autoattack", "gap_autoattack", "plus")
+_AUTOATTACK = ("autoattack", "plus")
 _BOARDS = {
     ("cifar10", "linf", 8 / 255): 10_000,
     ("cifar10", "l2", 0.5): 10_000,
@@ -155,7 +155,7 @@ def _own_blocks(results: Mapping[str, Any]) -> dict[str, Any]:
                 "name": attack["name"],
                 "path": attack["path"],
                 "hp": {"objective": attack["objective"], "draws": attack["draws"], **attack["settings"]},
-                "ra_alone": None if results["cascade"] else attack["own_accuracy"]["value"],
+                "ra_alone": attack["own_accuracy"]["value"] if met_all(attack, results) else None,
                 "ra_cascade": attack["cascaded_accuracy"],
                 "seconds": attack["seconds"],
             }

@@ -200,14 +200,9 @@ def _gap(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
         PlannedAttack("pgd100", PGD(norm, epsilon, steps=100)),
         PlannedAttack("pgd100_margin", PGD(norm, epsilon, steps=100), "margin"),
         PlannedAttack("feature_matching", APGD(norm, epsilon), "feature_matching"),
-        *_transfer(norm, epsilon),
+        PlannedAttack("transfer_apgd_margin", APGD(norm, epsilon), "margin", transfer=True),
     )
-    together = (_apgd_ce(norm, epsilon), *_distinct(_apgd_t(norm, epsilon, classes), classes))
-    return (*(each._replace(alone=True) for each in each_alone), *together)
-
-
-def _gap_autoattack(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
-    return (*_gap(norm, epsilon, classes), _fab_t(norm, epsilon, classes), _square(norm, epsilon))
+    return (*(each._replace(alone=True) for each in each_alone), *_autoattack(norm, epsilon, classes))
 
 
 def _blackbox(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
@@ -240,14 +235,8 @@ SUITES: dict[str, Suite] = {
     "gap": Suite(
         _gap,
         True,
-        _STANDARD_CHECKS,
-        f"PGD, margin, features and transfer each alone, then APGD-CE and APGD-T, {_NOT_AUTOATTACK}",
-    ),
-    "gap_autoattack": Suite(
-        _gap_autoattack,
-        True,
         _AUTOATTACK_CHECKS,
-        "AutoAttack standard, after PGD, margin, features and transfer each alone",
+        "AutoAttack standard, besides PGD, margin, features and transfer, each alone",
     ),
     "plus": Suite(_plus, True, _AUTOATTACK_CHECKS, "AutoAttack plus"),
     "quick": Suite(_quick, False, _QUICK_CHECKS, _NOT_AUTOATTACK),

@@ -20,7 +20,7 @@ def attention_map(
 
     Args:
         feature_map: float [batch, h, w, c].
-        power: above 0.
+        power: at least 1; below it the gradient of a feature that is 0 is infinite.
         norm: "minmax", `(a - min a) / (max a - min a)` of each image, 0 everywhere where `a` is constant; or "l2", `a`
             over its length.
         size: (h, w) to which `a` is resized, bilinearly, before it is normalised; None = its own.
@@ -28,9 +28,14 @@ def attention_map(
     Returns:
         float32 [batch, h, w], in [0, 1].
 
+    Raises:
+        UsageError: a power below 1, or an unknown norm.
+
     Source: the code released with AGKD-BML (Wang et al. 2021); powers and l2 as in Zagoruyko and Komodakis 2017,
-    section 3.1. Deviations: where `a` is constant the code divides by 0, and so gives NaN.
+    section 3.1. Deviations: the code of AGKD-BML sums the features as they are, which is the same after a ReLU; where
+    `a` is constant it divides by 0, and so gives NaN.
     """
+    check_attention(power, norm, 1.0)
     energy = tf.abs(tf.cast(feature_map, tf.float32))
     maps = tf.reduce_sum(energy if power == 1 else energy**power, axis=-1)
     if size is not None and list(maps.shape[1:]) != list(size):
@@ -61,8 +66,8 @@ def attention_distance(student: tf.Tensor, teacher: tf.Tensor, *, p: float = 1.0
 
 def check_attention(power: float, norm: str, p: float) -> None:
     """Raise a UsageError for what `attention_map` and `attention_distance` do not know."""
-    if not 0 < power < float("inf"):
-        raise UsageError(f"attn_power must be above 0, not {power:g}")
+    if not 1 <= power < float("inf"):
+        raise UsageError(f"attn_power must be at least 1, not {power:g}")
     if norm not in NORMS:
         raise UsageError(f"attn_norm must be one of {', '.join(NORMS)}, not {norm!r}")
     if not 1 <= p < float("inf"):

@@ -34,8 +34,17 @@ def cross_entropy(logits: tf.Tensor, label: tf.Tensor, *, smoothing: float = 0.0
 def smoothing_over_others(mass: float, classes: int) -> float:
     """Return the label smoothing over all classes that leaves `mass` to those that are not the label.
 
-    Source: `mass * classes / (classes - 1)`, since the label gets its part of what is spread. Deviations: none.
+    It is `mass * classes / (classes - 1)`, since the label gets its part of what is spread.
+
+    Raises:
+        UsageError: the label would have no more than each of the others.
     """
+    most = (classes - 1) / classes
+    if not 0 <= mass < most:
+        raise UsageError(
+            f"a label mass of {mass:g} over the other {classes - 1} of {classes} classes leaves nothing to learn: "
+            f"--defense_label_smoothing must be at least 0 and below {most:.3g}"
+        )
     return mass * classes / (classes - 1)
 
 

@@ -20,17 +20,15 @@ def make_bank(run: config.Run, splits: Splits) -> ExampleBank:
         InputError, UsageError: as `check_bank`.
     """
     check_bank(run, splits)
-    train = splits.train
-    kept = np.isin(train.index, _chosen(run, splits))
-    parts: dict[str, list[np.ndarray]] = {"image": [], "label": [], "index": []}
-    first = 0
+    train, chosen = splits.train, _chosen(run, splits)
+    label = np.sort(train.label[chosen])
+    place = np.full(len(train.label), -1)
+    place[chosen[np.argsort(train.label[chosen], kind="stable")]] = np.arange(len(chosen))
+    image = np.empty((len(chosen), *splits.image_shape), np.uint8)
     for batch in train.grey_levels(_READ).as_numpy_iterator():
-        rows = kept[first : first + len(batch["label"])]
-        first += len(rows)
-        for name, arrays in parts.items():
-            arrays.append(batch[name][rows])
-    found = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-    return ExampleBank(**found, classes=len(splits.labels), augment=train.augmentation.augmented)
+        rows = place[batch["index"]]
+        image[rows[rows >= 0]] = batch["image"][rows >= 0]
+    return ExampleBank(image, label, classes=len(splits.labels), augment=train.augmentation.augmented)
 
 
 def check_bank(run: config.Run, splits: Splits) -> None:

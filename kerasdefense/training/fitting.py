@@ -89,14 +89,21 @@ def train(run: config.Run, splits: Splits, run_dir: Path, *, on_saved: Callable[
     if look_up(defenses.DEFENSES, run.defense.name, "defense").needs_bank:
         check_bank(run, splits)
     strategy = make_strategy(run.train)
-    stages = {stage.name: _stage(stage, splits, run_dir, strategy) for stage in defenses.stages(run)}
-    return _train(run, splits, run_dir, strategy, stages, on_saved)
+    wanted = defenses.stages(run)
+    if wanted:
+        with strategy.scope():
+            build(run, splits)  # so that what is wrong with its settings is said before its stages are trained
+
+    def take_stages() -> dict[str, keras.Model]:
+        return {stage.name: _stage(stage, splits, run_dir, strategy) for stage in wanted}
+
+    return _train(run, splits, run_dir, strategy, take_stages, on_saved)
 
 
 def _stage(stage: Stage, splits: Splits, run_dir: Path, strategy: tf.distribute.Strategy) -> keras.Model:
     """Return what a stage hands on: of the saved model it is pointed at, or trained in the run's directory."""
     if not stage.saved:
-        return stage.take(_train(stage.run, splits, run_dir / stage.name, strategy, {}).defense)
+        return stage.take(_train(stage.run, splits, run_dir / stage.name, strategy, dict).defense)
     try:
         with strategy.scope():
             return stage.take(backbones.read(stage.saved))
@@ -109,15 +116,16 @@ def _train(
     splits: Splits,
     folder: Path,
     strategy: tf.distribute.Strategy,
-    stages: Mapping[str, keras.Model],
+    take_stages: Callable[[], Mapping[str, keras.Model]],
     on_saved: Callable[[], None] = lambda: None,
 ) -> Trained:
-    """Train one stage, or the defense itself, to its end, and save it."""
+    """Train one stage, or the defense itself, to its end, and save it; what is finished needs no stages."""
     settings, resume = settings_of(run, splits), run.train.resume
     finished = _finished(folder, settings, resume)
     if finished:
         print(f"{folder / MODEL} is trained already; --train_resume=never trains it anew", file=sys.stderr)
         return finished
+    stages = take_stages()
     with tempfile.TemporaryDirectory() as elsewhere:
         own = folder if is_chief(strategy) else _copy(folder, Path(elsewhere), resume)
         if resume == "never":
@@ -134,9 +142,9 @@ def _train(
         if first_epoch >= run.train.epochs and select.best_epoch is None:
             raise UsageError(f"--train_epochs={run.train.epochs} leaves nothing to train after epoch {first_epoch}")
         (own / HISTORY).unlink(missing_ok=True)
-        if defense.needs_bank:
-            defense.bank = make_bank(run, splits)
         if first_epoch < run.train.epochs and select.collapsed_epoch is None:
+            if defense.needs_bank:
+                defense.bank = make_bank(run, splits)
             _fit(run, splits, defense, first_epoch, [select, checkpoints, *_displays(run, splits, own)])
         else:
             select.restore_best(defense)
