@@ -80,4 +80,4 @@ def _is_map(layer: keras.layers.Layer) -> bool:
     if isinstance(layer, keras.layers.InputLayer) or len(getattr(layer, "_inbound_nodes", ())) != 1:
         return False
     output: Any = layer.output
-    return keras.backend.is_keras_tensor(output) and output.shape.rank == 4
+    return not isinstance(output, (tuple, list, dict)) and output.shape.rank == 4
