@@ -8,7 +8,9 @@ import pytest
 import tensorflow as tf
 
 from kerasdefense import config
-from kerasdefense.backbones import as_backbone, build, small_cnn, with_precision
+from kerasdefense.attacks import PGD
+from kerasdefense.backbones import as_backbone, build, read, small_cnn, with_precision
+from kerasdefense.defenses import PGDAT
 from kerasdefense.types import InputError
 
 layers = keras.layers
@@ -152,6 +154,20 @@ def test_as_backbone_can_be_repeated(make):
     first = as_backbone(model)
     assert_same_classifier(as_backbone(model), model, image=image)
     assert as_backbone(first) is first
+
+
+def test_as_backbone_of_a_defense_is_its_backbone():
+    backbone = small_cnn((8, 8, 3), 5, width=1)
+    defense = PGDAT(backbone, attack=PGD())
+    assert as_backbone(defense) is backbone
+    with pytest.raises(InputError, match="leave preprocess out"):
+        as_backbone(defense, preprocess=layers.Rescaling(2))
+
+
+def test_a_model_that_calls_some_layer_its_backbone_is_no_defense():
+    model = sequential_with_nested_pooling()
+    model.backbone = model.layers[0]
+    assert_same_classifier(as_backbone(model), model, image=random_image())
 
 
 @pytest.mark.parametrize("make", [functional_with_softmax_layer, sequential_with_nested_pooling])
@@ -349,6 +365,19 @@ def test_build_loads_the_model_of_a_path(file_name, tmp_path):
     np.testing.assert_allclose(tf.nn.softmax(backbone(image)["logits"]), model(image), atol=1e-6)
 
 
+@pytest.mark.parametrize("place", ["run/model.keras", "run"])
+def test_build_and_read_take_a_defense_and_a_folder_with_its_model(place, tmp_path):
+    defense, image = PGDAT(small_cnn((8, 8, 3), 5, width=1), attack=PGD()), random_image()
+    (tmp_path / "run/1").mkdir(parents=True)
+    defense.save(tmp_path / "run/model.keras")
+    found = read(tmp_path / place)
+    assert isinstance(found, PGDAT) and found.optimizer is None
+    backbone = build(config.Backbone(path=str(tmp_path / place)), image_shape=(8, 8, 3), classes=5)
+    for one, two in zip(backbone.get_weights(), defense.backbone.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+    np.testing.assert_allclose(backbone(image)["logits"], defense(image), atol=1e-6)
+
+
 def test_build_passes_the_names_on(tmp_path):
     model = pooled(layers.Dense(7, name="hidden"), layers.Dense(5, name="top"))
     model.save(tmp_path / "mine.keras")
@@ -371,6 +400,12 @@ def test_build_refuses_a_model_that_does_not_fit_the_data(image_shape, classes, 
 
 def missing(folder):
     return folder / "none.keras"
+
+
+def broken_folder(folder):
+    (folder / "published").mkdir()
+    (folder / "published/model.keras").write_bytes(b"not a model")
+    return folder / "published"
 
 
 def broken(folder):
@@ -402,6 +437,7 @@ def hidden_code(suffix):
         (missing, "no such file or folder"),
         (broken, "Keras cannot load it: "),
         (empty_folder, "Keras cannot load it: "),
+        (broken_folder, "Keras cannot load it: "),
         (module_without_keras, "is no Keras model"),
         (hidden_code(".keras"), "Keras cannot load it: .*Lambda"),
         (hidden_code(".h5"), "Keras cannot load it: .*Lambda"),

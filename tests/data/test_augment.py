@@ -44,6 +44,20 @@ def test_augmentation_of_nothing_is_the_identity():
     np.testing.assert_array_equal(Augmentation(0, flip=False)(image, draw), image)
 
 
+@pytest.mark.parametrize(("padding", "flip"), [(2, True), (2, False), (0, True), (0, False)])
+def test_augmented_moves_and_mirrors_by_numbers_drawn_elsewhere(padding, flip):
+    augmentation, shifts = Augmentation(padding, flip=flip), 2 * padding + 1
+    image = np.random.RandomState(0).randint(0, 256, (600, 5, 6, 1), np.uint8)
+    edges = np.array([[0, 0, 0], [1 - 2**-24, 1 - 2**-24, 1 - 2**-24], [0.5, 0.5, 0.5]])
+    uniform = np.concatenate([edges, np.random.RandomState(1).uniform(size=(597, 3))]).astype(np.float32)
+    draw = np.floor(uniform * [shifts, shifts, 1 + flip]).astype(np.int32) - [padding, padding, 0]
+    np.testing.assert_array_equal(draw[:2], [[-padding, -padding, 0], [padding, padding, flip]])
+    assert [set(values) for values in draw.T] == [set(range(-padding, padding + 1))] * 2 + [set(range(1 + flip))]
+    found = augmentation.augmented(tf.constant(image), tf.constant(uniform))
+    assert found.dtype == tf.uint8
+    np.testing.assert_array_equal(found, augmentation(tf.constant(image), tf.constant(draw, tf.int32)))
+
+
 @pytest.mark.parametrize(
     ("name", "augment", "expected"),
     [

@@ -68,6 +68,23 @@ def test_batches_hold_every_example_once_and_in_order():
     }
 
 
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_grey_levels_are_the_same_pass_as_it_is_kept(cache):
+    train = dataclasses.replace(TRAIN, cache=cache)
+    batches, others = (list(read(11).as_numpy_iterator()) for read in (train.grey_levels, train.batches))
+    assert len(batches) == 6 and len(batches[-1]["label"]) == 2
+    assert {key: value.dtype.name for key, value in batches[0].items()} == {
+        "image": "uint8",
+        "label": "int32",
+        "index": "int32",
+    }
+    assert index_of(batches) == TRAIN.index.tolist()
+    np.testing.assert_array_equal(np.concatenate([batch["image"] for batch in batches]), PIXELS[TRAIN.index])
+    assert_same([{**batch, "image": batch["image"] / np.float32(255)} for batch in batches], others)
+    with pytest.raises(UsageError, match="at least 1 image, not 0"):
+        train.grey_levels(0)
+
+
 def test_epochs_are_full_batches_of_distinct_examples():
     assert TRAIN.steps_per_epoch(11) == STEPS
     stream = TRAIN.epochs(11, seed=0, epochs=3)

@@ -120,6 +120,17 @@ def test_every_number_on_the_page_is_in_the_results(render, results):
         assert words in text
 
 
+def test_page_says_which_attacks_of_a_cascade_stand_alone(render, results):
+    assert "alone: it met every image" not in render(results)
+    attack = results["attacks"][1]
+    attack["alone"] = True
+    page = render(results)
+    assert page.count("alone: it met every image that is right clean") == 1
+    assert "but for those that stand for themselves alone" in page
+    row = page[page.index(f"{attack['name']}") :].split("</tr>")[0]
+    assert f"{100 * attack['own_accuracy']['value']:.1f}" in row
+
+
 def test_a_changed_figure_is_not_traceable(render, results):
     other = copy.deepcopy(results)
     other["robust_accuracy"]["value"] = 0.5432

@@ -7,6 +7,7 @@ import json
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from rich.console import Console
 
 from kerasdefense.evaluation import ThreatModel, as_paths, geometry, internals
@@ -84,6 +85,19 @@ def test_geometry_is_that_of_the_clean_embedding(measured, classifier, data):
 def test_an_image_alone_in_its_class_is_left_out_of_the_mean():
     figure = internals._interval(np.array([0.25, np.nan, 0.75]), 0)
     assert figure["n"] == 2 and figure["value"] == 0.5
+
+
+def test_a_figure_that_no_image_has_is_left_out(classifier, data):
+    def tell(batch, *_):
+        nothing = tf.fill(tf.shape(batch.label), float("nan"))
+        return {"never": nothing, "once": tf.where(batch.index == 2, 0.5, nothing), "always": batch.label >= 0}
+
+    model = as_paths(classifier)._replace(internals=tell, kernels=())
+    found = internals.measure_internals(model, as_batches(data), THREAT, examples=EXAMPLES)
+    figures = found.results["figures"]
+    assert "never" not in figures and "never" not in found.arrays
+    assert figures["once"] == {"value": 0.5, "n": 1, "ci95": [0.5, 0.5]}
+    assert figures["always"]["value"] == 1 and figures["always"]["n"] == EXAMPLES
 
 
 def test_loss_rise_is_the_mean_over_directions_of_filterwise_noise(measured, classifier, data):

@@ -79,6 +79,43 @@ def test_order_of_attacks_changes_no_verdict(digits_classifier, whole, tmp_path)
     np.testing.assert_array_equal(alone.clean & alone.survived.all(axis=1), cascade.robust)
 
 
+# Two attacks of a few steps, the second on every image.
+ALONE = (
+    PlannedAttack("pgd", PGD(*THREAT, steps=1, step_size=0.05, random_start=False)),
+    PlannedAttack("pgd_margin", PGD(*THREAT, steps=3), "margin", alone=True),
+)
+
+
+def test_attack_that_stands_alone_finds_what_it_finds_without_a_cascade(digits_classifier, tmp_path, monkeypatch):
+    cascade = run(digits_classifier, tmp_path, count=20, suite=ALONE).outcomes
+    apart = run(digits_classifier, tmp_path / "2", count=20, suite=ALONE, cascade=False).outcomes
+    np.testing.assert_array_equal(cascade.survived, apart.survived)
+    np.testing.assert_array_equal(cascade.met, np.full(2, cascade.clean.sum()))
+    assert 0 < cascade.robust.sum() < cascade.survived[:, 0].sum() < cascade.clean.sum()
+    advance, calls = Pool.advance, []
+
+    def dying(self):
+        if self.search.name == "pgd_margin":
+            calls.append(self.search.name)
+        if len(calls) == 2:
+            raise Killed
+        advance(self)
+
+    monkeypatch.setattr(Pool, "advance", dying)
+    with pytest.raises(Killed):
+        run(digits_classifier, tmp_path / "3", count=20, suite=ALONE, snapshot_seconds=0.0)
+    monkeypatch.setattr(Pool, "advance", advance)
+    resumed = run(digits_classifier, tmp_path / "3", count=20, suite=ALONE)
+    np.testing.assert_array_equal(resumed.outcomes.met, cascade.met)
+    assert_equal(saved(tmp_path / "3"), saved(tmp_path))
+
+
+def test_journal_of_a_cascade_is_refused_where_an_attack_shall_stand_alone(digits_classifier, tmp_path):
+    run(digits_classifier, tmp_path, count=8, suite=(ALONE[0], ALONE[1]._replace(alone=False)))
+    with pytest.raises(InputError, match="evaluation of another suite"):
+        run(digits_classifier, tmp_path, count=8, suite=ALONE)
+
+
 class Killed(Exception):  # noqa: N818 - nothing went wrong
     """Stands for a kill: nothing after it is written."""
 

@@ -111,6 +111,17 @@ def test_results_that_break_the_schema_are_refused(results, path, value, where):
         check_results(broken(results, path, value))
 
 
+def test_table_says_which_attacks_of_a_cascade_stand_alone_and_what_each_leaves(results):
+    half, none = ({"value": value, "n": 8, "ci95": [0.1, 0.9]} for value in (0.5, 0.0))
+    attacks = [
+        {**results["attacks"][0], "name": name, "own_accuracy": half, "cascaded_accuracy": 0.25, "alone": alone}
+        for name, alone in (("first", False), ("second", True))
+    ]
+    found = table({**results, "cascade": True, "attacks": attacks, "robust_accuracy": none}, "gap")
+    names, accuracies = ([*column.cells] for column in found.columns[:2])
+    assert names[1:3] == ["and after first", "after second alone"] and accuracies[1:3] == ["25.0 %", "50.0 %"]
+
+
 def test_table_shows_every_attack_the_worst_case_and_how_many_images(results):
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(table(results, "standard on digits"))

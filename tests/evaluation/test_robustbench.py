@@ -58,6 +58,9 @@ def test_entry_says_of_each_attack_what_it_left(results):
     assert [attack["ra_alone"] for attack in attacks] == [None] * 4
     assert attacks[0]["ra_cascade"] == 0.377 and attacks[1]["hp"]["targets"] == 9
     assert attacks[3]["hp"]["objective"] == "margin" and attacks[3]["seconds"] == 538.25
+    results["attacks"][1]["alone"] = True
+    alone = [attack["ra_alone"] for attack in entry(results, name="Model")["attacks"]]
+    assert alone == [None, results["attacks"][1]["own_accuracy"]["value"], None, None]
     results["cascade"] = False
     assert entry(results, name="Model")["attacks"][0]["ra_alone"] == results["attacks"][0]["accuracy"]
 

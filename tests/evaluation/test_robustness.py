@@ -9,6 +9,7 @@ import tensorflow as tf
 from kerasdefense import evaluation
 from kerasdefense.attacks import ATTACKS, FGSM, PGD, Attack, AttackResult, norms
 from kerasdefense.evaluation import SUITES, Options, PlannedAttack, ThreatModel
+from kerasdefense.evaluation.suites import Suite
 from kerasdefense.types import InputError, UsageError
 
 CLASSES, SHIFT = 4, 0.2
@@ -108,6 +109,44 @@ def test_later_attacks_meet_all_images_and_keep_what_earlier_ones_found(tmp_path
     with np.load(tmp_path / "a.npz") as saved:
         predicted = np.argmax(read_class(saved["image_adv"], None), axis=1)
     np.testing.assert_array_equal(predicted != label, np.isin(np.arange(8), first.moves))
+
+
+def test_attack_that_stands_alone_meets_all_images_in_a_cascade_too(tmp_path, monkeypatch):
+    label = np.arange(8) % CLASSES
+    label[5] = (label[5] + 1) % CLASSES  # wrong clean
+    image = coded_images(np.arange(8) % CLASSES)
+    script = {"first": (0, 1), "alone": (1, 2), "later": (0, 1, 2, 3), "last": ()}
+    attacks = {name: Scripted(moves=moves) for name, moves in script.items()}
+    plan = tuple(PlannedAttack(name, attack, alone=name == "alone") for name, attack in attacks.items())
+    monkeypatch.setitem(SUITES, "mine", Suite(lambda *_: plan, True, (), ""))
+    settings = {"sanity_examples": 0, "is_randomised": False, "save": tmp_path / "a.npz"}
+    threat_model = ThreatModel("linf", SHIFT)
+    results = evaluation.evaluate(
+        {"exact": read_class},
+        make_batches(image, label),
+        threat_model,
+        "mine",
+        options=Options(chunk_size=3),
+        **settings,
+    )
+    right = set(range(8)) - {5}
+    assert {name: set(attack.met) for name, attack in attacks.items()} == {
+        "first": right,
+        "alone": right,
+        "later": right - {0, 1, 2},
+        "last": right - {0, 1, 2, 3},
+    }
+    # Each on its own; together with those before it; met.
+    expected = {"first": (5, 5, 7), "alone": (5, 4, 7), "later": (6, 3, 4), "last": (7, 3, 3)}
+    for found in results["attacks"]:
+        own, together, met = expected[found["name"]]
+        assert (found["accuracy"], found["cascaded_accuracy"]) == (own / 8, together / 8)
+        assert found["own_accuracy"]["value"] == own / 8 and found["attacked"] == met
+        assert found["alone"] == (found["name"] == "alone")
+    assert results["cascade"] and results["robust_accuracy"]["value"] == 3 / 8
+    with np.load(tmp_path / "a.npz") as saved:  # what has fooled once is kept
+        fooled = np.argmax(read_class(saved["image_adv"], None), axis=1) != label
+    np.testing.assert_array_equal(fooled, np.isin(np.arange(8), [0, 1, 2, 3, 5]))
 
 
 # Paths that differ.

@@ -60,6 +60,34 @@ def test_adaptive_suite_looks_for_what_bounded_logits_hide():
     assert by_name("adaptive", 3)["apgd_signed"].attack.targets == 4
 
 
+def test_gap_runs_autoattack_besides_attacks_that_each_stand_alone():
+    gap = by_name("gap")
+    alone = {name: planned for name, planned in gap.items() if planned.alone}
+    assert list(alone) == ["pgd20", "pgd100", "pgd100_margin", "feature_matching", "transfer_apgd_margin"]
+    assert list(gap)[: len(alone)] == list(alone) and SUITES["gap"].cascade
+    assert [(planned.attack.steps, planned.attack.restarts) for planned in list(alone.values())[:3]] == [
+        (20, 1),
+        (100, 1),
+        (100, 1),
+    ]
+    assert [planned.objective for planned in alone.values()] == [
+        "cross_entropy",
+        "cross_entropy",
+        "margin",
+        "feature_matching",
+        "margin",
+    ]
+    assert [planned.transfer for planned in alone.values()] == [False] * 4 + [True]
+    assert not any(planned.alone for name in SUITES if name != "gap" for planned in by_name(name).values())
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 10])
+def test_gap_holds_all_that_autoattack_runs_on_so_many_classes(classes):
+    gap, autoattack = by_name("gap", classes), by_name("autoattack", classes)
+    assert {name: planned for name, planned in gap.items() if not planned.alone} == autoattack
+    assert set(SUITES["gap"].checks) == set(SUITES["autoattack"].checks)
+
+
 def test_attack_meets_the_paths_that_it_is_made_for():
     paths = ("exact", "bpda_identity", "signed", "smoothed:0.1", "surrogate:twin")
     suite = by_name("adaptive")

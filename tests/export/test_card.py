@@ -5,6 +5,7 @@ import pytest
 
 from kerasdefense import InputError, config, export
 from kerasdefense.defenses import DEFENSES
+from kerasdefense.export.card import AUTOATTACK
 
 ACCURACY = {"value": 0.5, "n": 10, "ci95": [0.2, 0.8]}
 RESULTS = {
@@ -142,6 +143,51 @@ def test_card_of_dfa_says_that_it_is_no_defense_unless_adaptive_attacks_leave_en
         assert caveat.startswith("DFA alone is not a defense")
     assert said(suite="adaptive") == said(standard, **broken) == []
     assert make_card(results=None, defense=dfa)["about"][1].startswith("DFA alone is not a defense")
+
+
+def gap_results(**changes):
+    """Return results of AutoAttack with PGD-20 besides, which met all 9 of 10 images that are right clean."""
+    left = {"pgd20": 0.7, "apgd_ce": 0.6, "apgd_t": 0.5, "fab_t": 0.5, "square": 0.5}
+    (entry,) = RESULTS["attacks"]
+    attacks = [
+        {**entry, "name": name, "accuracy": accuracy, "attacked": 9 if name == "pgd20" else 7}
+        for name, accuracy in left.items()
+    ]
+    return {**RESULTS, "suite": "gap", "attacks": attacks, "cascade": True, **changes}
+
+
+@pytest.mark.parametrize("name", ["pgd_at", "agkd_bml"])
+def test_card_says_by_how_much_pgd_flatters_where_it_met_all_images_beside_autoattack(name):
+    _, gap, *caveat = make_card(gap_results(), defense=config.Defense(name=name))["about"]
+    assert gap.startswith("PGD-20 alone leaves 70.0 %") and " 20.0 points" in gap
+    assert caveat == [DEFENSES[name].caveat] * (name == "agkd_bml")
+    export.check_card(complete(make_card(gap_results(), defense=config.Defense(name=name))))
+
+
+def test_card_says_nothing_of_pgd_where_the_two_do_not_compare():
+    complete_results = gap_results()
+    attacks = complete_results["attacks"]
+    others = [
+        gap_results(attacks=[{**attacks[0], "attacked": 8}, *attacks[1:]]),  # in a cascade
+        gap_results(attacks=[{**attacks[0], "path": "bpda_identity"}, *attacks[1:]]),
+        gap_results(attacks=attacks[1:]),
+        gap_results(complete=False),
+        *(gap_results(attacks=[each for each in attacks if each["name"] != name]) for name in AUTOATTACK),
+    ]
+    for results in others:
+        assert not any("PGD-20" in each for each in make_card(results)["about"])
+
+
+def test_card_of_agkd_bml_says_that_pgd_is_no_measure_unless_adaptive_attacks_leave_enough():
+    method = config.Defense(name="agkd_bml", preset="agkd_bml_7")
+    for results in (RESULTS, gap_results(), {**RESULTS, "suite": "adaptive", "trusted": False}, None):
+        assert make_card(results, defense=method)["about"][-1].endswith("is no measure of its robustness.")
+    assert len(make_card({**RESULTS, "suite": "adaptive"}, defense=method)["about"]) == 1
+
+
+def test_card_names_the_teacher_without_its_folder():
+    defense = config.Defense(name="agkd_bml", teacher="some/where/teacher.keras")
+    assert make_card(defense=defense)["config"]["defense"]["teacher"] == "teacher.keras"
 
 
 def test_card_says_first_where_figures_are_a_bound_or_not_to_be_trusted():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import keras
 import numpy as np
 import pytest
 import scipy.special
@@ -34,6 +35,33 @@ def test_cross_entropy_with_smoothing_matches_smoothed_one_hot_labels(seed, clas
     target = (1 - smoothing) * np.eye(classes)[label] + smoothing / classes
     expected = -np.sum(target * scipy.special.log_softmax(logits.numpy().astype(np.float64), axis=1), axis=1)
     np.testing.assert_allclose(losses.cross_entropy(logits, label, smoothing=smoothing), expected, rtol=1e-5, atol=1e-5)
+
+
+# agkd_bml 11: mass over the others, written as smoothing over all
+@given(seeds, classes, st.floats(0, 0.49))
+def test_smoothing_over_others_leaves_the_label_the_rest(seed, classes, mass):
+    logits, label = draw(seed, classes, 3.0)
+    smoothing = losses.smoothing_over_others(mass, classes)
+    own = np.eye(classes)[label]
+    target = np.where(own, 1 - mass, mass / (classes - 1))
+    np.testing.assert_allclose(target.sum(axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose((1 - smoothing) * own + smoothing / classes, target, atol=1e-5)
+    found = losses.cross_entropy(logits, label, smoothing=smoothing)
+    expected = -np.sum(target * scipy.special.log_softmax(logits.numpy().astype(np.float64), axis=1), axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    of_keras = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing, reduction="none")
+    np.testing.assert_allclose(found, of_keras(own.astype(np.float32), logits), rtol=1e-5, atol=1e-5)
+
+
+# agkd_bml 11: a half of ten classes
+def test_half_over_others_of_ten_classes_is_five_ninths():
+    assert losses.smoothing_over_others(0.5, 10) == pytest.approx(5 / 9, abs=1e-12)
+
+
+@pytest.mark.parametrize(("mass", "classes"), [(0.5, 2), (0.9, 10), (-0.1, 10), (float("nan"), 10)])
+def test_smoothing_that_leaves_the_label_no_more_than_the_others_is_refused(mass, classes):
+    with pytest.raises(UsageError, match=r"leaves nothing to learn.* --defense_label_smoothing"):
+        losses.smoothing_over_others(mass, classes)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -104,6 +132,71 @@ def test_kl_divergence_gradient_is_the_difference_of_the_distributions():
     expected = scipy.special.softmax(student, axis=1) - scipy.special.softmax(teacher, axis=1)
     np.testing.assert_allclose(to_student, expected, atol=1e-6)
     assert to_teacher is None
+
+
+# agkd_bml 12: the part that compares is zero where the attack changes nothing, and both its factors have gradients
+@given(seeds, classes, scales)
+def test_doubted_divergence_matches_scipy_and_is_zero_of_equal_logits(seed, classes, scale):
+    (logits, label), (logits_adv, _) = draw(seed, classes, scale), draw(seed + 1, classes, scale)
+    np.testing.assert_array_equal(losses.doubted_divergence(logits, logits, label), np.zeros(6))
+    log_p, log_adv = (
+        scipy.special.log_softmax(each.numpy().astype(np.float64), axis=1) for each in (logits, logits_adv)
+    )
+    p = np.exp(log_p)
+    expected = (1 - p[np.arange(6), label]) * np.sum(p * (log_p - log_adv), axis=1)
+    found = losses.doubted_divergence(logits, logits_adv, label)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# agkd_bml 12: gradients flow to the clean image through the doubt and the divergence
+def test_doubted_divergence_has_the_gradient_of_all_its_factors():
+    logits, logits_adv = (tf.cast(draw(place, 5, 2.0)[0], tf.float64) for place in (4, 5))
+    label = np.array([0, 1, 2, 3, 4, 0], np.int32)
+    with tf.GradientTape() as tape:
+        tape.watch([logits, logits_adv])
+        loss = losses.doubted_divergence(logits, logits_adv, label)
+    gradients = tape.gradient(loss, [logits, logits_adv])
+    steps = [1e-6 * np.eye(5)[column] for column in range(5)]
+
+    def difference(which, step):
+        ends = [
+            losses.doubted_divergence(logits + sign * step * (not which), logits_adv + sign * step * which, label)
+            for sign in (1, -1)
+        ]
+        return (ends[0] - ends[1]) / 2e-6
+
+    for which, gradient in enumerate(gradients):
+        np.testing.assert_allclose(gradient, np.transpose([difference(which, step) for step in steps]), atol=1e-6)
+
+
+# agkd_bml 12: the margin part is at least about 0, and rises with the likeliest wrong class
+@given(seeds, classes, scales)
+def test_runner_up_penalty_matches_scipy_and_is_hardly_below_zero(seed, classes, scale):
+    logits, label = draw(seed, classes, scale)
+    p = scipy.special.softmax(logits.numpy().astype(np.float64), axis=1)
+    others = np.where(np.eye(classes, dtype=bool)[label], 0, p).max(axis=1)
+    found = losses.runner_up_penalty(logits, label).numpy()
+    np.testing.assert_allclose(found, -np.log(1.0001 - others), rtol=1e-3, atol=1e-5)
+    assert (found >= -1.01e-4).all() and (found <= np.log(1.01e4)).all()
+
+
+# agkd_bml 12: and rises with the likeliest wrong class, whatever the label
+def test_runner_up_penalty_rises_with_the_likeliest_wrong_class():
+    logits = tf.stack([tf.zeros(9), tf.range(-4, 5, dtype=tf.float32), -5 * tf.ones(9)], axis=1)
+    found = losses.runner_up_penalty(logits, np.zeros(9, np.int32)).numpy()
+    assert (np.diff(found) > 0).all() and found[0] < 0.02 and found[-1] > 3
+    by_label = losses.runner_up_penalty(logits, np.ones(9, np.int32)).numpy()
+    assert (np.diff(by_label) < 0).all()
+
+
+# agkd_bml 12: it is the margin term of MART
+@given(seeds, classes, st.sampled_from([0.0, 0.3]))
+def test_boosted_cross_entropy_is_cross_entropy_and_the_penalty(seed, classes, smoothing):
+    logits, label = draw(seed, classes, 1.0)
+    expected = losses.cross_entropy(logits, label, smoothing=smoothing) + losses.runner_up_penalty(logits, label)
+    np.testing.assert_allclose(
+        losses.boosted_cross_entropy(logits, label, smoothing=smoothing), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import numpy as np
 import tensorflow as tf
+from matplotlib import colormaps
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kerasdefense import training
@@ -44,3 +45,36 @@ def test_what_a_method_draws_anew_is_shown_and_kept_in_the_run_directory(digits,
     np.testing.assert_allclose(clean, np.concatenate(list(255 * pictures.batch["image"]), axis=1), atol=1)
     assert 0 < np.abs(clean - attacked).max() <= 255 * 0.1 + 1
     np.testing.assert_allclose(decoded, shown.astype(int), atol=1)
+
+
+def test_where_networks_look_is_shown_and_kept_in_the_run_directory(digits, small_run, tmp_path):
+    defense = training.build(small_run(defense="agkd_bml"), digits)
+    defense.backbone.get_layer("block1_conv").kernel.assign_add(tf.ones([3, 3, 1, 4]))  # no longer as its teacher
+    pictures = Pictures(tmp_path / "tensorboard", digits.validation)
+    pictures.set_model(defense)
+    pictures.on_train_begin()
+    pictures.on_epoch_end(0, {"loss": 1.0})  # not validated: no pictures
+    assert not (tmp_path / "attention.png").exists()
+    pictures.on_epoch_end(1, {"val_clean_accuracy": 0.5})
+    assert not (tmp_path / "reconstructions.png").exists()
+    kept = tf.io.decode_png((tmp_path / "attention.png").read_bytes()).numpy()
+    assert kept.shape == (4 * SHOWN_SIDE, COUNT * SHOWN_SIDE, 3)
+    kept = kept[:: SHOWN_SIDE // 8, :: SHOWN_SIDE // 8]
+    clean, attacked, teacher, student = np.split(kept.astype(int), 4)
+    for grey in (clean, attacked):
+        np.testing.assert_array_equal(grey, np.repeat(grey[..., :1], 3, axis=-1))
+    np.testing.assert_allclose(clean[..., :1], np.concatenate(list(255 * pictures.batch["image"]), axis=1), atol=1)
+    assert 0 < np.abs(clean - attacked).max() <= 255 * 0.1 + 1
+    events = EventAccumulator(str(tmp_path / "tensorboard/pictures"), size_guidance={"tensors": 0}).Reload()
+    image_adv = pictures.attacked(defense.unpack(pictures.batch))
+    for name, found in zip(("teacher_feature_map", "student_feature_map"), (teacher, student)):
+        maps = defense.attention(pictures.batch["image"], image_adv)[name]
+        large = tf.image.resize(maps[..., None], (8, 8))[..., 0].numpy()
+        coloured = 255 * np.concatenate(list(colormaps["viridis"](large)[..., :3]), axis=1)
+        np.testing.assert_allclose(found, coloured, atol=1.5)
+        (event,) = events.Tensors(f"attention_of_{name}")
+        encoded = tf.make_ndarray(event.tensor_proto)[2:]  # after width and height
+        shown = np.concatenate([tf.io.decode_png(each).numpy() for each in encoded], axis=1)
+        np.testing.assert_allclose(shown.astype(int), found, atol=1)
+        assert event.step == 2
+    assert np.abs(teacher - student).max() > 20
