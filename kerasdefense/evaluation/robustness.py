@@ -120,7 +120,8 @@ def measure(
 def _settings(searches: Sequence[Search], options: Options) -> dict[str, Any]:
     """Return what the outcomes depend on besides the data."""
     attacks = [
-        [each.name, type(each.attack).__name__, each.attack.get_config(), *each.planned[2:5]] for each in searches
+        [each.name, type(each.attack).__name__, each.attack.get_config(), *each.planned[2:5], each.planned.alone]
+        for each in searches
     ]
     kept = ("examples", "chunk_size", "seed", "cascade", "is_randomised")
     settings = {name: getattr(options, name) for name in kept}
