@@ -19,7 +19,7 @@ MEGABYTES = {"osdn_caml_cifar10_mini": 5}
 
 
 def test_every_control_and_method_is_published():
-    names = {f"{name}_cifar10_mini" for name in (*CONTROLS, "osdn_caml", "dfa")}
+    names = {f"{name}_cifar10_mini" for name in (*CONTROLS, "osdn_caml", "dfa", "agkd_bml")}
     assert names | {"standard_cifar10_split0_mini", "pgd_at_cifar10_split0_mini"} <= set(MODELS)
 
 
