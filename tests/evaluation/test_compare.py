@@ -298,3 +298,14 @@ def test_comparison_table_shows_every_run_and_makes_significant_differences_bold
 def test_comparison_without_pgd20_has_no_column_of_it(tmp_path):
     folders = [write(tmp_path / name, "10", "10", attacks=(("fgsm", "exact"),)) for name in "ab"]
     assert "PGD-20" not in to_markdown(compare([read_outcomes(folder) for folder in folders]))
+
+
+def test_comparison_under_the_suite_gap_shows_what_each_attack_leaves_alone(tmp_path):
+    attacks = tuple((name, "exact") for name in ("pgd20", "pgd100", "pgd100_margin", "feature_matching", "apgd_ce"))
+    left = ("1110", "1100", "1000", "1111", "1111")  # APGD-CE met only what stood: what it left is no figure of its own
+    folders = [write(tmp_path / name, "1111", *left, attacks=attacks, suite="gap") for name in "ab"]
+    heading, _, row, *_ = to_markdown(compare([read_outcomes(folder) for folder in folders])).splitlines()
+    cells = dict(zip(*([each.strip() for each in line.strip("|").split("|")] for line in (heading, row))))
+    assert "APGD-CE" not in cells and "transfer" not in cells
+    expected = {"PGD-20": "75.0 %", "PGD-100": "50.0 %", "margin": "25.0 %", "features": "100.0 %", "worst": "25.0 %"}
+    assert {name: cells[name].split(" (")[0] for name in expected} == expected
