@@ -101,7 +101,10 @@ class Defense(keras.Model):
 
     @classmethod
     def stages(cls, run: config.Run) -> tuple[Stage, ...]:
-        """Return what must be trained before the defense itself, in order; it is handed to the constructor by name."""
+        """Return what must be trained before the defense itself, in order; it is handed to the constructor by name.
+
+        The constructor must do without it too, so that settings can be checked before anything is trained.
+        """
         del run
         return ()
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from kerasdefense import FGSMRS, PGD, PGDAT, UsageError, as_backbone
 from kerasdefense.backbones import with_orthogonal_head
-from kerasdefense.defenses import DEFENSES
+from kerasdefense.defenses import DEFENSES, ExampleBank
 
 
 def test_own_model_mobilenet_trains_adversarially(tmp_path):
@@ -36,7 +36,10 @@ def test_own_model_trains_under_every_defense(name):
     defense.compile("sgd")
     before = [variable.numpy() for variable in backbone.trainable_variables]
     images = np.random.default_rng(0).uniform(size=(8, 8, 8, 1)).astype(np.float32)
-    defense.fit(images, np.arange(8)[:, None] % 3, batch_size=4, verbose=0)  # labels as keras.datasets gives them
+    label = np.arange(8)[:, None] % 3  # as keras.datasets gives them
+    if defense.needs_bank:
+        defense.bank = ExampleBank((images * 255).astype(np.uint8), label[:, 0], classes=3)
+    defense.fit(images, label, batch_size=4, verbose=0)
     assert not any(np.array_equal(one, two) for one, two in zip(before, backbone.trainable_variables, strict=True))
     assert np.abs(defense(images).numpy().sum(axis=1) - 1).min() > 1e-3  # logits, though the model ends in a softmax
 

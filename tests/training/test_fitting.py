@@ -128,9 +128,9 @@ def test_settings_that_cannot_train_are_refused(digits, small_run, tmp_path, att
 class Taught(PGDAT):
     """Adversarial training that is told of a classifier trained before it."""
 
-    def __init__(self, backbone, *, teacher, **kwargs):
+    def __init__(self, backbone, *, teacher=None, **kwargs):
         super().__init__(backbone, **kwargs)
-        self.teacher = teacher
+        self.teacher = teacher or keras.models.clone_model(backbone)
         self.teacher.trainable = False
 
     @classmethod
