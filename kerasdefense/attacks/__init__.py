@@ -6,6 +6,7 @@ from kerasdefense import config
 from kerasdefense.attacks import norms, seeds
 from kerasdefense.attacks.apgd import APGD
 from kerasdefense.attacks.base import Attack, AttackResult
+from kerasdefense.attacks.cafa import CAFA
 from kerasdefense.attacks.carlini_wagner import CarliniWagner
 from kerasdefense.attacks.cleverhans import (
     CleverHansCWL2,
@@ -23,6 +24,7 @@ from kerasdefense.attacks.joint import JointPGD, Pair
 from kerasdefense.attacks.momentum import BIM, MIFGSM, TIDIM
 from kerasdefense.attacks.noise import RandomNoise
 from kerasdefense.attacks.objectives import (
+    FEATURE_DISTANCE,
     OBJECTIVES,
     TARGETED,
     TO_CLASS,
@@ -40,6 +42,7 @@ from kerasdefense.types import UsageError, look_up
 ATTACKS: dict[str, type[Attack]] = {
     "apgd": APGD,
     "bim": BIM,
+    "cafa": CAFA,
     "cleverhans_cw_l2": CleverHansCWL2,
     "cleverhans_fgm": CleverHansFGM,
     "cleverhans_mim": CleverHansMIM,
@@ -77,7 +80,7 @@ def build(attack: config.Attack) -> PGD:
     if kind is PGD:
         settings["random_start"] = attack.random_start
     elif kind.random_start and not attack.random_start:
-        raise UsageError(f"--attack_name={attack.name} is defined by its random start; without one use fgsm")
+        raise UsageError(f"--attack_name={attack.name} is defined by its random start; without one use pgd or fgsm")
     return kind(**settings)
 
 
@@ -85,8 +88,10 @@ __all__ = [
     "APGD",
     "ATTACKS",
     "BIM",
+    "CAFA",
     "CORRUPTIONS",
     "FAB",
+    "FEATURE_DISTANCE",
     "FGSM",
     "FGSMRS",
     "MIFGSM",

@@ -97,6 +97,22 @@ def matching(feature_fn: Callable[[tf.Tensor], tf.Tensor]) -> LossFn:
     return loss_fn
 
 
+def class_activation(feature_fn: Callable[[tf.Tensor], tf.Tensor]) -> LossFn:
+    """Return the squared distance of the class activation features of an image from `context["reference"]`.
+
+    Label-free: the reference are those of the clean image, where the gradient is 0, so that a search must start
+    elsewhere.
+
+    Args:
+        feature_fn: from images to class activation features, [batch, h, w, c].
+    """
+
+    def loss_fn(image: tf.Tensor, context: Context) -> tf.Tensor:
+        return losses.squared_distance(feature_fn(image), context["reference"])
+
+    return loss_fn
+
+
 def feature_matching(feature_fn: Callable[[tf.Tensor], tf.Tensor]) -> LossFn:
     """Return how well `feature_fn(image)` [batch, d] lies on the line of `context["reference"]`, |cosine| - 1."""
 
@@ -128,6 +144,7 @@ def signed_target(scores_fn: LogitsFn) -> LossFn:
 
 
 OBJECTIVES: dict[str, Callable[[LogitsFn], LossFn]] = {
+    "class_activation": class_activation,
     "cross_entropy": cross_entropy,
     "cross_entropy_x10": scaled_cross_entropy(10.0),
     "cross_entropy_x50": scaled_cross_entropy(50.0),
@@ -140,6 +157,10 @@ OBJECTIVES: dict[str, Callable[[LogitsFn], LossFn]] = {
     "targeted_cross_entropy": targeted_cross_entropy,
     "targeted_dlr": targeted_dlr,
 }
+
+
+FEATURE_DISTANCE = "class_activation"
+"""The objective that needs a classifier's features, and `context["reference"]`, those of the clean image."""
 
 
 TARGETED = ("feature_matching", "logit_matching", "signed_target", "targeted_cross_entropy", "targeted_dlr")

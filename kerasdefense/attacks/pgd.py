@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import functools
 import math
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 import keras
 import tensorflow as tf
@@ -48,11 +48,14 @@ class PGD(Iterative):
     restarts: int = 1
     keep: str = "best"
 
+    fewest_steps: ClassVar[int] = 1
+
     def __post_init__(self) -> None:
         """Check the search."""
         super().__post_init__()
-        if self.steps < 1 or self.restarts < 1:
-            raise UsageError(f"steps and restarts must be at least 1, not {self.steps} and {self.restarts}")
+        if self.steps < self.fewest_steps or self.restarts < 1:
+            least = "1" if self.fewest_steps else "0 and 1"
+            raise UsageError(f"steps and restarts must be at least {least}, not {self.steps} and {self.restarts}")
         if self.step_size is not None and not 0 < self.step_size < math.inf:
             raise UsageError(f"step_size must be a finite number above 0, not {self.step_size}")
         if self.restarts > 1 and not self.random_start:

@@ -20,11 +20,13 @@ from kerasdefense.backbones.orthogonal import orthogonal_head, with_orthogonal_h
 from kerasdefense.backbones.own import as_backbone, fitted, load, read
 from kerasdefense.backbones.plain import small_cnn
 from kerasdefense.backbones.precision import in_precision, precision_of, with_precision
-from kerasdefense.backbones.resnet import cifar_resnet, resnet18
+from kerasdefense.backbones.resnet import bottleneck_resnet, cifar_resnet, resnet18
+from kerasdefense.backbones.vgg import vgg19
 from kerasdefense.backbones.wide import wide_resnet
 from kerasdefense.types import UsageError, look_up
 
 BACKBONES: dict[str, Callable[..., keras.Model]] = {
+    "cafd_resnet50": functools.partial(bottleneck_resnet, blocks_per_stage=(3, 4, 6)),
     "dfa_wide_resnet": functools.partial(wide_resnet, late_stride=True),
     "osdn_resnet14": functools.partial(denoising_resnet, depth=14),
     "osdn_resnet18": denoising_resnet,
@@ -32,8 +34,10 @@ BACKBONES: dict[str, Callable[..., keras.Model]] = {
     "resnet14": functools.partial(cifar_resnet, depth=14),
     "resnet18": resnet18,
     "resnet20": functools.partial(cifar_resnet, depth=20),
+    "resnet50": functools.partial(bottleneck_resnet, blocks_per_stage=(3, 4, 6, 3)),
     "resnet8": functools.partial(cifar_resnet, depth=8),
     "small_cnn": small_cnn,
+    "vgg19": vgg19,
     "wide_resnet": wide_resnet,
 }
 
@@ -86,6 +90,7 @@ def _denoising(backbone: config.Backbone) -> dict[str, Any]:
 __all__ = [
     "BACKBONES",
     "as_backbone",
+    "bottleneck_resnet",
     "build",
     "cifar_resnet",
     "decoder",
@@ -99,6 +104,7 @@ __all__ = [
     "read",
     "resnet18",
     "small_cnn",
+    "vgg19",
     "wide_resnet",
     "with_orthogonal_head",
     "with_precision",

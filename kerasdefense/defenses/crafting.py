@@ -7,14 +7,14 @@ from typing import Callable
 import keras
 import tensorflow as tf
 
-from kerasdefense.attacks import OBJECTIVES, PGD, TARGETED, TO_CLASS
+from kerasdefense.attacks import FEATURE_DISTANCE, OBJECTIVES, PGD, TARGETED, TO_CLASS
 from kerasdefense.types import Context, LossFn, UsageError, look_up
 
 FLOAT16_SCALE = 1024.0
 """What an objective is multiplied by in float16, where gradients of images would else round to zero."""
 
 
-def check_objective(objective: str, attack: PGD, *, is_targeted: bool) -> None:
+def check_objective(objective: str, attack: PGD, *, is_targeted: bool, takes_features: bool = False) -> None:
     """Raise a UsageError unless training can craft with `attack` on this key of OBJECTIVES."""
     look_up(OBJECTIVES, objective, "objective")
     if is_targeted:
@@ -23,8 +23,10 @@ def check_objective(objective: str, attack: PGD, *, is_targeted: bool) -> None:
         return
     if objective in TARGETED:
         raise UsageError(f"objective {objective} needs targets; training attacks take an untargeted one")
-    if objective == "kl_divergence" and not attack.random_start:
-        raise UsageError("objective kl_divergence needs an attack with a random start: its gradient is zero without")
+    if objective == FEATURE_DISTANCE and not takes_features:
+        raise UsageError(f"objective {objective} needs a frozen classifier to tell features apart by; use another")
+    if objective in ("kl_divergence", FEATURE_DISTANCE) and not attack.random_start:
+        raise UsageError(f"objective {objective} needs an attack with a random start: its gradient is zero without")
 
 
 def computes_in_float16(model: keras.Model) -> bool:

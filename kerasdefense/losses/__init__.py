@@ -2,6 +2,16 @@
 
 from kerasdefense.losses.aggregation import aggregation, check_aggregation, mixed_cross_entropy
 from kerasdefense.losses.attention import attention_distance, attention_map, check_attention
+from kerasdefense.losses.class_activation import (
+    check_weight_term,
+    class_activation_features,
+    class_activation_terms,
+    features_of,
+    released_maps,
+    soft_weights,
+    squared_distance,
+    winning_weights,
+)
 from kerasdefense.losses.classification import (
     boosted_cross_entropy,
     cross_entropy,
@@ -26,9 +36,13 @@ __all__ = [
     "boosted_cross_entropy",
     "check_aggregation",
     "check_attention",
+    "check_weight_term",
+    "class_activation_features",
+    "class_activation_terms",
     "cross_entropy",
     "dlr",
     "doubted_divergence",
+    "features_of",
     "kl_divergence",
     "margin",
     "mean_square",
@@ -36,7 +50,11 @@ __all__ = [
     "open_set_defense_terms",
     "peer_terms",
     "reconstruction_error",
+    "released_maps",
     "runner_up_penalty",
     "smoothing_over_others",
+    "soft_weights",
+    "squared_distance",
     "targeted_dlr",
+    "winning_weights",
 ]
