@@ -15,6 +15,7 @@ from kerasdefense.backbones import as_backbone
 from kerasdefense.config import Run
 from kerasdefense.defenses import (
     AGKDBML,
+    CAFD,
     DFA,
     FGSMRSAT,
     MART,
@@ -32,6 +33,7 @@ from kerasdefense.types import InputError, UsageError
 __all__ = [
     "AGKDBML",
     "APGD",
+    "CAFD",
     "DFA",
     "FAB",
     "FGSM",

@@ -177,6 +177,48 @@ class Defense:
     bank_per_class: int = _field(
         0, "training images of each class to draw from, chosen by the seed; 0 = all; else at least 2", low=0
     )
+    classifier: str = _field(
+        "",
+        "classifier that cafd defends: a .keras or .h5 file, a SavedModel folder of Keras or a published folder; empty "
+        "= train one first, as the backbone flags describe it, in classifier/ of the run directory",
+    )
+    classifier_epochs: int = _field(0, "epochs of that training; 0 = as many as --train_epochs", low=0)
+    lam_f: float = _field(-1.0, "weight of the features; -1 = the method's own (cafd 1000)", low=-1)
+    lam_w: float = _field(
+        -1.0, "weight of the predicted class's weights beside them; -1 = the method's own (cafd 0.001)", low=-1
+    )
+    lam_a: float = _field(
+        -1.0, "weight of the critic's judgement; -1 = the method's own (cafd 0.005), 0 = no critic", low=-1
+    )
+    lam_p: float = _field(0.0, "weight of the pixels of denoised images (cafd)", low=0)
+    weight_term: str = _field(
+        "soft",
+        "weights of the predicted class: their mean under the softmax, those of the class of the highest logit, which "
+        "have no gradient, or one term of features times weights",
+        ("soft", "hard", "joint"),
+    )
+    temperature: float = _field(1.0, "of that softmax, above 0", low=0)
+    feature_layer: str = _field(
+        "",
+        "layer of the classifier whose features cafd compares; empty = what enters global pooling, last_conv = the "
+        "last convolution",
+    )
+    legacy_cam: bool = _field(False, "CAFA compares features of a whole batch together, as its authors' code does")
+    legacy_stride: bool = _field(False, "the denoiser halves the side on its way up too, as its authors' code does")
+    dynamic: bool = _field(False, "attack at each step, through the denoiser, not once before training (cafd)")
+    clean_fraction: float = _field(0.0, "chance of an image to come unattacked (cafd), in [0, 1)", low=0, high=1)
+    reset_each_epoch: bool = _field(False, "optimizers forget their moments at each epoch (cafd)")
+    coupled_decay: float = _field(
+        -1.0, "decay of kernels by their gradients; -1 = the method's own (cafd 0.0002), 0 = none", low=-1
+    )
+    denoiser_width: int = _field(64, "channels of the first stage of cafd's denoiser", low=1)
+    critic_width: int = _field(32, "channels of the first stage of its critic", low=1)
+    crafted: str = _field(
+        "", "folder of the images that cafd attacks once before training; empty = crafted/ of the run directory"
+    )
+    crafted_examples: int = _field(
+        0, "training images, chosen by the seed, that are attacked and trained on then; 0 = all", low=0
+    )
     awp_gamma: float = _field(
         0.0, "adversarial weight perturbation relative to each kernel's norm, 0.005 for instance; 0 = none", low=0
     )

@@ -14,13 +14,16 @@ import keras
 
 from kerasdefense import config
 from kerasdefense.backbones.blocks import ImageShape
+from kerasdefense.backbones.critic import critic
 from kerasdefense.backbones.decoder import decoder
 from kerasdefense.backbones.denoising import denoising_places, denoising_resnet, plain_copy
+from kerasdefense.backbones.head import gives_map, last_kernel, pools_by_mean
 from kerasdefense.backbones.orthogonal import orthogonal_head, with_orthogonal_head
 from kerasdefense.backbones.own import as_backbone, fitted, load, read
 from kerasdefense.backbones.plain import small_cnn
 from kerasdefense.backbones.precision import in_precision, precision_of, with_precision
 from kerasdefense.backbones.resnet import bottleneck_resnet, cifar_resnet, resnet18
+from kerasdefense.backbones.unet import purifier, residual_unet
 from kerasdefense.backbones.vgg import vgg19
 from kerasdefense.backbones.wide import wide_resnet
 from kerasdefense.types import UsageError, look_up
@@ -93,15 +96,21 @@ __all__ = [
     "bottleneck_resnet",
     "build",
     "cifar_resnet",
+    "critic",
     "decoder",
     "denoising_places",
     "denoising_resnet",
     "fitted",
+    "gives_map",
     "in_precision",
+    "last_kernel",
     "orthogonal_head",
     "plain_copy",
+    "pools_by_mean",
     "precision_of",
+    "purifier",
     "read",
+    "residual_unet",
     "resnet18",
     "small_cnn",
     "vgg19",

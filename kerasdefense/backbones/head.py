@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from kerasdefense.backbones.blocks import Tensor
-from kerasdefense.layers import Logits
+from kerasdefense.layers import Logits, OrthogonalHead
 from kerasdefense.types import InputError
 
 NEEDED = "a backbone needs global pooling and one Dense at its end, with or without a softmax"
@@ -84,6 +84,41 @@ def weights(logits: Tensor) -> Optional[tuple[tf.Variable, Optional[tf.Variable]
     if isinstance(layer, Logits) or (type(layer) is keras.layers.Dense and layer.activation in _SOFTMAX):
         return layer.kernel, layer.bias
     return None
+
+
+def last_kernel(model: keras.Model) -> tf.Variable:
+    """Return the kernel [d, classes] of the layer that gives a backbone's logits, dense or frozen axes.
+
+    Raises:
+        InputError: the layer is of another kind.
+    """
+    found, layer = weights(model.output["logits"]), layer_of(model.output["logits"])
+    if found is not None:
+        return found[0]
+    if isinstance(layer, OrthogonalHead):
+        return layer.kernel
+    raise InputError(f"model {model.name!r} has no kernel for its logits: they come of a {type(layer).__name__}")
+
+
+def pools_by_mean(model: keras.Model) -> bool:
+    """Return whether a backbone's embedding is the mean of its feature map over places, on noise."""
+    if model.output["feature_map"].shape[-1] != model.output["embedding"].shape[-1]:
+        return False
+    with tf.init_scope():
+        outputs = model(tf.random.stateless_uniform([2, *model.input_shape[1:]], [0, 0]), training=False)
+        mean = tf.reduce_mean(tf.cast(outputs["feature_map"], tf.float32), axis=(1, 2))
+        embedding = tf.cast(outputs["embedding"], tf.float32)
+        rounding = 1e-4 if outputs["embedding"].dtype == tf.float32 else 2e-2
+        tolerance = rounding * tf.reduce_max(tf.abs(mean))
+        return bool(tf.reduce_max(tf.abs(mean - embedding)) <= tolerance)
+
+
+def gives_map(layer: keras.layers.Layer) -> bool:
+    """Return whether a layer stands once in its model and gives one feature map [batch, h, w, c]."""
+    if isinstance(layer, keras.layers.InputLayer) or len(getattr(layer, "_inbound_nodes", ())) != 1:
+        return False
+    output: Any = layer.output
+    return not isinstance(output, (tuple, list, dict)) and output.shape.rank == 4
 
 
 def layer_of(logits: Tensor) -> keras.layers.Layer:

@@ -15,6 +15,7 @@ from kerasdefense.defenses.adversarial_training import FGSMRSAT, PGDAT
 from kerasdefense.defenses.agkd_bml import AGKDBML
 from kerasdefense.defenses.bank import ExampleBank
 from kerasdefense.defenses.base import ADVERSARIAL_ACCURACY, CLEAN_ACCURACY, Defense
+from kerasdefense.defenses.cafd import CAFD
 from kerasdefense.defenses.dfa import DFA, DFAAT
 from kerasdefense.defenses.keeping import as_kept
 from kerasdefense.defenses.mart import MART
@@ -28,6 +29,7 @@ from kerasdefense.types import UsageError, look_up
 
 DEFENSES: dict[str, type[Defense]] = {
     "agkd_bml": AGKDBML,
+    "cafd": CAFD,
     "dfa": DFA,
     "dfa_at": DFAAT,
     "fgsm_rs": FGSMRSAT,
@@ -74,6 +76,8 @@ def build(
                 f"fgsm_rs trains with --attack_name=fgsm_rs, not {run.attack.name}; use --defense_name=pgd_at"
             )
         training_attack = dataclasses.replace(training_attack, name="fgsm_rs")
+    if name == "cafd" and training_attack.name == "pgd" and run.attack.objective in ("", attacks.FEATURE_DISTANCE):
+        training_attack = dataclasses.replace(training_attack, name="cafa")
     attack = attacks.build(training_attack)
     if run.backbone.path:
         image = tf.random.stateless_uniform([8, *backbone.input_shape[1:]], [0, 0])
@@ -132,6 +136,7 @@ def _own_settings(defense: config.Defense, kind: type[Defense]) -> dict[str, Any
 __all__ = [
     "ADVERSARIAL_ACCURACY",
     "AGKDBML",
+    "CAFD",
     "CLEAN_ACCURACY",
     "DEFENSES",
     "DFA",

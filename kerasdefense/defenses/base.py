@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from kerasdefense import config
-from kerasdefense.attacks import OBJECTIVES, PGD, seeds
+from kerasdefense.attacks import FEATURE_DISTANCE, OBJECTIVES, PGD, seeds
 from kerasdefense.defenses import batch as batches
 from kerasdefense.defenses import crafting, descent, inside
 from kerasdefense.defenses.averages import averages_in_place
@@ -65,6 +65,8 @@ class Defense(keras.Model):
     """What the card of a model says besides, unless enough stands under attacks that adapt to the model."""
     parts: ClassVar[tuple[str, ...]] = ("backbone",)
     """Constructor arguments that are models, or None."""
+    deployed: ClassVar[tuple[str, ...]] = ("backbone",)
+    """Those of them that the defended path passes."""
 
     def __init__(
         self,
@@ -88,7 +90,8 @@ class Defense(keras.Model):
         self.backbone = backbone
         self.attack = attack
         self.objective = objective or self.own_objective
-        crafting.check_objective(self.objective, attack, is_targeted=self.is_targeted)
+        takes_features = self.own_objective == FEATURE_DISTANCE
+        crafting.check_objective(self.objective, attack, is_targeted=self.is_targeted, takes_features=takes_features)
         self.validation_attack = validation_attack or PGD(norm=attack.norm, epsilon=attack.epsilon, keep="last")
         self.label_smoothing = label_smoothing
         self.awp_gamma = awp_gamma
@@ -107,6 +110,15 @@ class Defense(keras.Model):
         """
         del run
         return ()
+
+    @classmethod
+    def crafts_before(cls, own: config.Defense) -> bool:
+        """Return whether every training image is attacked once, before training, by `craft_before(batch)`.
+
+        Batches then hold images as they are, without augmentation, and `image_adv`, what that made of them.
+        """
+        del own
+        return False
 
     # What attacks, evaluation and export see.
 
@@ -130,10 +142,18 @@ class Defense(keras.Model):
 
         return {"exact": exact, **axis_paths(self.backbone)}
 
-    def reconstructed(self, image: tf.Tensor) -> Optional[tf.Tensor]:
-        """Return the images [batch, h, w, c] in [0, 1] that the method draws anew of `image`; None if it draws none."""
-        del image
+    def purifier(self) -> Optional[keras.Model]:
+        """Return what images in [0, 1] pass before the classifier, as a model of its own; None if nothing."""
         return None
+
+    def pictured(self, batch: Batch) -> tf.Tensor:
+        """Return the attacked images [batch, h, w, c] that pictures of training show."""
+        return self.attacked(batch)
+
+    def drawn(self, image: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Return the images [batch, h, w, c] in [0, 1] that the method draws of `image`, by their names."""
+        del image
+        return {}
 
     def attention(self, image: tf.Tensor, image_adv: tf.Tensor) -> Optional[dict[str, tf.Tensor]]:
         """Return maps [batch, h, w] in [0, 1] of where a method's networks look, by their names; None if it has none.

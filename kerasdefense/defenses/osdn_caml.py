@@ -203,6 +203,10 @@ class OSDNCAML(Defense):
         """Return what the decoder draws, [batch, side, side, c] in [0, 1], for images of that shape."""
         return (self.decoder(self.backbone(image, training=False)["embedding"], training=False) + 1) / 2
 
+    def drawn(self, image: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Return what the decoder draws."""
+        return {"decoded": self.reconstructed(image)}
+
     @property
     def attack_budget(self) -> int:
         """Input gradients that training spends on an image: those of two attacks, of one where nothing is turned."""

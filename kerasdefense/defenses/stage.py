@@ -19,9 +19,11 @@ class Stage:
         run: the configuration that it is trained by.
         take: what of the trained or saved model is handed on.
         saved: path of a saved model that stands in for the training, the flag `--defense_<name>`; empty = train.
+        must_know: whether that must already tell the data's classes apart better than by chance.
     """
 
     name: str
     run: config.Run
     take: Callable[[keras.Model], keras.Model]
     saved: str = ""
+    must_know: bool = False

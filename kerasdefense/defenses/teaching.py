@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import keras
 
@@ -62,7 +61,7 @@ def watched(network: keras.Model, layers: str) -> keras.Model:
     Raises:
         UsageError: a name that none of its layers has that gives a feature map.
     """
-    maps = {layer.name: layer.output for layer in network.layers if _is_map(layer)}
+    maps = {layer.name: layer.output for layer in network.layers if backbones.gives_map(layer)}
     names = layer_names(layers)
     for name in names:
         if name not in maps:
@@ -74,10 +73,3 @@ def watched(network: keras.Model, layers: str) -> keras.Model:
 def layer_names(layers: str) -> list[str]:
     """Return the names in a list of them, comma-separated."""
     return [name.strip() for name in layers.split(",") if name.strip()]
-
-
-def _is_map(layer: keras.layers.Layer) -> bool:
-    if isinstance(layer, keras.layers.InputLayer) or len(getattr(layer, "_inbound_nodes", ())) != 1:
-        return False
-    output: Any = layer.output
-    return not isinstance(output, (tuple, list, dict)) and output.shape.rank == 4

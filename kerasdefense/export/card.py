@@ -120,7 +120,12 @@ def _without_places(run: config.Run) -> config.Run:
         runs="",
         data=dataclasses.replace(run.data, dir=Path(run.data.dir).name if run.data.name == "folder" else ""),
         backbone=dataclasses.replace(run.backbone, path=Path(run.backbone.path).name),
-        defense=dataclasses.replace(run.defense, teacher=Path(run.defense.teacher).name),
+        defense=dataclasses.replace(
+            run.defense,
+            teacher=Path(run.defense.teacher).name,
+            classifier=Path(run.defense.classifier).name,
+            crafted="",
+        ),
         export=dataclasses.replace(run.export, dir=""),
     )
 

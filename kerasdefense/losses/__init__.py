@@ -26,8 +26,10 @@ from kerasdefense.losses.classification import (
 from kerasdefense.losses.metric import angular_distance, angular_triplet, mean_square
 from kerasdefense.losses.open_set_defense import open_set_defense_terms, peer_terms
 from kerasdefense.losses.reconstruction import reconstruction_error
+from kerasdefense.losses.relativistic import adversarial_loss, critic_loss
 
 __all__ = [
+    "adversarial_loss",
     "aggregation",
     "angular_distance",
     "angular_triplet",
@@ -39,6 +41,7 @@ __all__ = [
     "check_weight_term",
     "class_activation_features",
     "class_activation_terms",
+    "critic_loss",
     "cross_entropy",
     "dlr",
     "doubted_divergence",

@@ -22,7 +22,7 @@ from kerasdefense.types import InputError, UsageError
 NAMED = 4
 """How many differing settings are named before the rest is counted."""
 
-_WITHOUT_EFFECT = ("--data_cache", "--train_resume", "--train_strategy")
+_WITHOUT_EFFECT = ("--data_cache", "--defense_crafted", "--train_resume", "--train_strategy")
 _STATE = "state/.ATTRIBUTES/VARIABLE_VALUE"
 
 
@@ -113,7 +113,9 @@ def _flags_of(run: config.Run) -> dict[str, Any]:
     sections = {
         "data": dataclasses.replace(run.data, dir=data_dir),
         "backbone": dataclasses.replace(run.backbone, path=_whole(run.backbone.path)),
-        "defense": dataclasses.replace(run.defense, teacher=_whole(run.defense.teacher)),
+        "defense": dataclasses.replace(
+            run.defense, teacher=_whole(run.defense.teacher), classifier=_whole(run.defense.classifier)
+        ),
         **{section: getattr(run, section) for section in ("attack", "train")},
     }
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
+from scipy import stats
 
 from kerasdefense import backbones, config, defenses
 from kerasdefense.data import Splits
@@ -21,6 +24,7 @@ from kerasdefense.files import replacing, write_json
 from kerasdefense.training.averages import ValidateAverages
 from kerasdefense.training.bank import check_bank, make_bank
 from kerasdefense.training.checkpoints import Checkpoints, differences, refuse, settings_of
+from kerasdefense.training.crafted import Crafted, make_crafted, with_own_images
 from kerasdefense.training.optimizer import make_optimizer
 from kerasdefense.training.pictures import Pictures
 from kerasdefense.training.randomness import SeedEpochs, use_generators
@@ -33,6 +37,8 @@ with warnings.catch_warnings():
     from tensorflow_addons.callbacks import TQDMProgressBar
 
 MODEL, HISTORY = "model.keras", "history.json"
+_KNOWN = 512
+"""Validation images by which a saved classifier is told to know its classes."""
 
 
 class Trained(NamedTuple):
@@ -53,7 +59,10 @@ def build(run: config.Run, splits: Splits, stages: Mapping[str, keras.Model] = {
     """
     keras.utils.set_random_seed(run.train.seed)
     use_generators()
-    backbone = backbones.build(run.backbone, image_shape=splits.image_shape, classes=len(splits.labels))
+    described = run.backbone
+    if run.defense.classifier:  # whose layers these are
+        described = dataclasses.replace(described, pooling_layer="", logits_layer="")
+    backbone = backbones.build(described, image_shape=splits.image_shape, classes=len(splits.labels))
     if run.train.precision != "float32":
         backbone = backbones.with_precision(backbone, run.train.precision)
     steps = _steps_per_epoch(run, splits)
@@ -92,7 +101,9 @@ def train(run: config.Run, splits: Splits, run_dir: Path, *, on_saved: Callable[
     wanted = defenses.stages(run)
     if wanted:
         with strategy.scope():
-            build(run, splits)  # so that what is wrong with its settings is said before its stages are trained
+            build(
+                run, with_own_images(run, splits)
+            )  # so that what is wrong with its settings is said before its stages are trained
 
     def take_stages() -> dict[str, keras.Model]:
         return {stage.name: _stage(stage, splits, run_dir, strategy) for stage in wanted}
@@ -106,9 +117,28 @@ def _stage(stage: Stage, splits: Splits, run_dir: Path, strategy: tf.distribute.
         return stage.take(_train(stage.run, splits, run_dir / stage.name, strategy, dict).defense)
     try:
         with strategy.scope():
-            return stage.take(backbones.read(stage.saved))
+            model = stage.take(backbones.read(stage.saved))
+        if stage.must_know:
+            _check_knows(model, splits)
+        return model
     except InputError as error:
         raise InputError(f"--defense_{stage.name}={stage.saved} cannot stand in for its stage: {error}") from error
+
+
+def _check_knows(classifier: keras.Model, splits: Splits) -> None:
+    """Raise an InputError where a saved classifier gets no more validation images right than by chance."""
+    batch = next(iter(splits.validation.batches(_KNOWN)))
+    image, label = batch["image"], batch["label"].numpy()
+    shape, classes = tuple(splits.image_shape), len(splits.labels)
+    fitted = backbones.fitted(classifier, image_shape=shape, classes=classes)
+    right = fitted(image, training=False)["logits"].numpy().argmax(axis=1) == label
+    share = np.bincount(label, minlength=classes).max() / len(label)
+    if stats.binomtest(int(right.sum()), len(label), share).pvalue > 0.01 or right.mean() < share:
+        raise InputError(
+            f"it gets {100 * right.mean():.1f} % of {len(label)} validation images right, no more than by chance: it "
+            "must take images in [0, 1] (a keras.layers.Rescaling at its beginning brings them to any other range) and "
+            f"know the classes {', '.join(splits.labels)} in this order"
+        )
 
 
 def _train(
@@ -120,6 +150,7 @@ def _train(
     on_saved: Callable[[], None] = lambda: None,
 ) -> Trained:
     """Train one stage, or the defense itself, to its end, and save it; what is finished needs no stages."""
+    splits = with_own_images(run, splits)
     settings, resume = settings_of(run, splits), run.train.resume
     finished = _finished(folder, settings, resume)
     if finished:
@@ -129,7 +160,7 @@ def _train(
     with tempfile.TemporaryDirectory() as elsewhere:
         own = folder if is_chief(strategy) else _copy(folder, Path(elsewhere), resume)
         if resume == "never":
-            for outdated in ("checkpoints", "tensorboard"):
+            for outdated in ("checkpoints", "tensorboard", "crafted"):
                 shutil.rmtree(own / outdated, ignore_errors=True)
         with strategy.scope():
             defense = build(run, splits, stages)
@@ -145,7 +176,11 @@ def _train(
         if first_epoch < run.train.epochs and select.collapsed_epoch is None:
             if defense.needs_bank:
                 defense.bank = make_bank(run, splits)
-            _fit(run, splits, defense, first_epoch, [select, checkpoints, *_displays(run, splits, own)])
+            crafted = None
+            if defense.crafts_before(run.defense):
+                crafted = make_crafted(run, splits, defense, _folder_of_crafted(run, own), strategy)
+            callbacks = [select, checkpoints, *_displays(run, splits, own)]
+            _fit(run, splits, defense, first_epoch, callbacks, crafted)
         else:
             select.restore_best(defense)
         _save(defense, own, optimizer=run.export.optimizer)
@@ -163,7 +198,18 @@ def _copy(folder: Path, elsewhere: Path, resume: str) -> Path:
     return elsewhere
 
 
-def _fit(run: config.Run, splits: Splits, defense: Defense, first_epoch: int, callbacks: list[Any]) -> None:
+def _folder_of_crafted(run: config.Run, own: Path) -> Path:
+    return Path(run.defense.crafted).expanduser() if run.defense.crafted else own / "crafted"
+
+
+def _fit(
+    run: config.Run,
+    splits: Splits,
+    defense: Defense,
+    first_epoch: int,
+    callbacks: list[Any],
+    crafted: Crafted | None = None,
+) -> None:
     if first_epoch:
         print(f"going on after epoch {first_epoch} of {run.train.epochs}", file=sys.stderr)
     if run.train.schedule == "constant":  # which an optimizer keeps in a variable, and so in its checkpoints
@@ -175,6 +221,8 @@ def _fit(run: config.Run, splits: Splits, defense: Defense, first_epoch: int, ca
     stream = splits.train.epochs(
         batch_size, seed=run.train.seed, epochs=run.train.epochs, first_epoch=first_epoch, steps_per_epoch=steps
     )
+    if crafted is not None:
+        stream = stream.map(crafted.beside, tf.data.AUTOTUNE, deterministic=True).prefetch(tf.data.AUTOTUNE)
     defense.fit(
         stream.with_options(by_batches),
         initial_epoch=first_epoch,

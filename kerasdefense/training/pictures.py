@@ -1,4 +1,4 @@
-"""Example pictures: validation images clean and attacked, what the attack changed, and what the method drew anew."""
+"""Example pictures: validation images clean and attacked, what the attack changed, and what the method draws."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class Pictures(keras.callbacks.Callback):
     """After every validated epoch, write the first validation images clean, attacked, and what the attack changed.
 
     The perturbation is scaled so that the L-inf ball fills the grey range around its middle. Where the method draws
-    images anew, what it draws of the attacked ones is shown too, and `reconstructions.png` has one column per image:
-    clean, attacked, decoded. Where it tells where its networks look, the maps are shown, and `attention.png` has one
-    column per image: clean, attacked, and a map of each network, from dark (0) to bright (1).
+    images, what it draws of the attacked ones is shown too, and `reconstructions.png` has one column per image: clean,
+    attacked, and what is drawn, such as decoded, or denoised and by how much that changed them. Where it tells where
+    its networks look, the maps are shown, and `attention.png` has one column per image: clean, attacked, and a map of
+    each network, from dark (0) to bright (1).
 
     Args:
         folder: TensorBoard's folder, in the run directory.
@@ -39,7 +40,7 @@ class Pictures(keras.callbacks.Callback):
     def on_train_begin(self, logs: Optional[dict[str, float]] = None) -> None:
         """Compile the attack."""
         self.writer = tf.summary.create_file_writer(str(self.folder / "pictures"))
-        self.attacked = tf.function(lambda batch: self.model.attacked(batch))
+        self.attacked = tf.function(lambda batch: self.model.pictured(batch))
 
     def on_epoch_end(self, epoch: int, logs: Optional[dict[str, Any]] = None) -> None:
         """Write the pictures."""
@@ -47,7 +48,7 @@ class Pictures(keras.callbacks.Callback):
             return
         with self.model.averaged():
             image, image_adv = self.batch["image"], self.attacked(self.model.unpack(self.batch))
-            decoded = self.model.reconstructed(image_adv)
+            drawn = self.model.drawn(image_adv)
             attention = self.model.attention(image, image_adv) or {}
             maps = {name: _in_colours(each, image.shape[1:3]) for name, each in attention.items()}
         perturbation = 0.5 + (image_adv - image) / (2 * self.model.attack.epsilon + 1e-12)
@@ -55,13 +56,13 @@ class Pictures(keras.callbacks.Callback):
             tf.summary.image("clean", image, max_outputs=COUNT)
             tf.summary.image("adversarial", image_adv, max_outputs=COUNT)
             tf.summary.image("perturbation", tf.clip_by_value(perturbation, 0.0, 1.0), max_outputs=COUNT)
-            if decoded is not None:
-                tf.summary.image("decoded", decoded, max_outputs=COUNT)
+            for name, each in drawn.items():
+                tf.summary.image(name, each, max_outputs=COUNT)
             for name, each in maps.items():
                 tf.summary.image(f"attention_of_{name}", each, max_outputs=COUNT)
         self.writer.flush()
-        if decoded is not None:
-            _write_rows(self.folder.parent / "reconstructions.png", image, image_adv, decoded)
+        if drawn:
+            _write_rows(self.folder.parent / "reconstructions.png", image, image_adv, *drawn.values())
         if maps:
             _write_rows(self.folder.parent / "attention.png", image, image_adv, *maps.values())
 
