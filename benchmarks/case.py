@@ -8,7 +8,8 @@ import keras
 import numpy as np
 
 from kerasdefense import backbones, config, training
-from kerasdefense.defenses import ExampleBank
+from kerasdefense.defenses import DEFENSES, ExampleBank
+from kerasdefense.defenses.cafd import IMAGE_ADV
 
 CLASSES = 10
 EPSILON = 8 / 255
@@ -28,6 +29,8 @@ class Case:
         head: its last layer, "dense" or "orthogonal".
         w_kl: weight of learning with a peer; -1 = the method's own, 0 = no peer.
         share_forward: whether DFA passes every image once, not the images of each pair separately.
+        dynamic: whether CAFD attacks at each step, not before training.
+        denoiser_width: channels of the first stage of CAFD's denoiser, of its critic half as many.
         awp_gamma: adversarial weight perturbation; 0 = none.
         ema_decay: decay of an average of the weights; 0 = none.
     """
@@ -41,6 +44,8 @@ class Case:
     head: str = "dense"
     w_kl: float = -1.0
     share_forward: bool = True
+    dynamic: bool = False
+    denoiser_width: int = 8
     awp_gamma: float = 0.0
     ema_decay: float = 0.0
 
@@ -51,12 +56,23 @@ class Case:
             backbone=config.Backbone(name=self.backbone, width=self.width, head=self.head),
             attack=config.Attack(epsilon=EPSILON, steps=self.steps),
             defense=config.Defense(
-                name=self.defense, w_kl=self.w_kl, share_forward=self.share_forward, awp_gamma=self.awp_gamma
+                name=self.defense,
+                w_kl=self.w_kl,
+                share_forward=self.share_forward,
+                dynamic=self.dynamic,
+                awp_gamma=self.awp_gamma,
+                **self._widths,
             ),
             train=config.Train(
                 batch_size=self.batch_size, learning_rate=0.01, schedule="constant", ema_decay=self.ema_decay
             ),
         )
+
+    @property
+    def _widths(self) -> dict[str, int]:
+        if self.defense != "cafd":  # which alone has such networks
+            return {}
+        return {"denoiser_width": self.denoiser_width, "critic_width": max(1, self.denoiser_width // 2)}
 
     @property
     def architecture(self) -> str:
@@ -73,13 +89,17 @@ class Case:
         """By what it is trained, in words."""
         extras = (" + AWP" if self.awp_gamma else "") + (" + EMA" if self.ema_decay else "")
         passes = "" if self.share_forward else " in three passes"
+        passes += ", dynamic" if self.dynamic else ""
         return f"{self.defense}{'' if self.w_kl else ' without peer'}{passes}{extras}"
 
     def batch(self) -> dict[str, np.ndarray]:
         """Return a batch of noise with labels; what is in the images does not change the time."""
         generator = np.random.default_rng(0)
+        image = generator.random((self.batch_size, *self.image_shape), np.float32)
+        attacked = {IMAGE_ADV: 1 - image} if DEFENSES[self.defense].crafts_before(self.run.defense) else {}
         return {
-            "image": generator.random((self.batch_size, *self.image_shape), np.float32),
+            **attacked,
+            "image": image,
             "label": generator.integers(CLASSES, size=self.batch_size, dtype=np.int32),
             "index": np.arange(self.batch_size, dtype=np.int32),
         }

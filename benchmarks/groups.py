@@ -8,6 +8,7 @@ from typing import Any, Callable, NamedTuple
 from benchmarks.agkd_floor import agkd_floor
 from benchmarks.attack_case import AttackCase
 from benchmarks.attacks import EVALUATION, measure_attack, rows_of_attack
+from benchmarks.cafd_floor import cafd_floor
 from benchmarks.case import Case
 from benchmarks.checkpoint import measure_checkpoint
 from benchmarks.dfa_floor import dfa_floor
@@ -70,6 +71,11 @@ def measure_dfa(case: Case, rounds: int) -> Measurement:
 def measure_agkd(case: Case, rounds: int) -> Measurement:
     """Time what `measure_control` does, against the floor of AGKD-BML."""
     return measure(case, rounds, strategies=mirrored(), make_floor=agkd_floor)
+
+
+def measure_cafd(case: Case, rounds: int) -> Measurement:
+    """Time what `measure_control` does, against the floor of CAFD."""
+    return measure(case, rounds, strategies=mirrored(), make_floor=cafd_floor)
 
 
 def rows_of_steps(case: Case, measurement: Measurement) -> list[Row]:
@@ -177,6 +183,7 @@ CONTROLS = (
 )
 OSDN = dataclasses.replace(RESNET, backbone="osdn_resnet8", defense="osdn_caml")
 AGKD = dataclasses.replace(RESNET, defense="agkd_bml")
+CAFD = dataclasses.replace(RESNET, defense="cafd", steps=0)
 DFA = dataclasses.replace(RESNET, head="orthogonal", defense="dfa", steps=0)
 
 GROUPS = (
@@ -252,6 +259,21 @@ GROUPS = (
         quick_cases=(dataclasses.replace(AGKD, width=4, image_shape=(8, 8, 1), batch_size=32, steps=1),),
         measure=measure_agkd,
         name=defense_and_attack_name,
+        rows=rows_of_steps,
+        reference="floor",
+    ),
+    Group(
+        kind="training",
+        title="A step of CAFD ({case})",
+        columns=(Column("attack steps", "steps", "d"), *against_floor(at_most=1.25)),
+        cases=(CAFD, dataclasses.replace(CAFD, dynamic=True, steps=3)),
+        quick_cases=(
+            dataclasses.replace(
+                CAFD, width=4, image_shape=(8, 8, 1), batch_size=32, denoiser_width=2, dynamic=True, steps=1
+            ),
+        ),
+        measure=measure_cafd,
+        name=defense_name,
         rows=rows_of_steps,
         reference="floor",
     ),

@@ -19,6 +19,7 @@ from kerasdefense import config, data, evaluation, export, recognition
 from kerasdefense.attacks import norms
 from kerasdefense.data import Split, Splits
 from kerasdefense.evaluation import Loaded, Options, ThreatModel, internals, nonadaptive
+from kerasdefense.evaluation.amplification import ERRORS, write_errors
 from kerasdefense.evaluation.digests import of_file
 from kerasdefense.evaluation.figures import ARRAYS, PICTURE
 from kerasdefense.evaluation.html import choose_examples, write_report
@@ -103,11 +104,12 @@ def _figures(
 ) -> dict[str, Optional[dict[str, Any]]]:
     """Measure the blocks of _FIGURES that flags ask for, keep the figures of each image and return those of all.
 
-    Where embeddings come with them, they are drawn.
+    Where embeddings come with them, they are drawn; so is how errors grow from layer to layer.
     """
     blocks: dict[str, Optional[dict[str, Any]]] = {}
-    picture = Path(run.run_dir) / PICTURE
-    picture.unlink(missing_ok=True)
+    picture, errors = Path(run.run_dir) / PICTURE, Path(run.run_dir) / ERRORS
+    for outdated in (picture, errors):
+        outdated.unlink(missing_ok=True)
     for block, measure in _FIGURES.items():
         path, examples = Path(run.run_dir) / ARRAYS.format(block), getattr(run.evaluate, block)
         path.unlink(missing_ok=True)
@@ -118,6 +120,8 @@ def _figures(
             with replacing(path) as temporary:
                 np.savez_compressed(temporary, **found.arrays)
             blocks[block] = found.results
+            if block == "internals":
+                write_errors(errors, {model.name: found.arrays})
             if found.embeddings is not None:
                 write_plane(picture, found.embeddings, splits.labels, attack=f"PGD-{internals.STEPS}")
     return blocks

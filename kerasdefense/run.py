@@ -22,6 +22,7 @@ from kerasdefense.assess import ADVERSARIAL, RESULTS
 from kerasdefense.data import Splits
 from kerasdefense.defenses import DEFENSES, Defense
 from kerasdefense.evaluation import internals, nonadaptive, open_set
+from kerasdefense.evaluation.amplification import ERRORS, compare_errors
 from kerasdefense.evaluation.digests import of_file
 from kerasdefense.files import write_text
 from kerasdefense.training import MODEL
@@ -136,6 +137,9 @@ def compare(run: config.Run, console: Console) -> None:
         figures = compare_figures(folders, seed=run.evaluate.seed)
         if figures is not None:
             console.print(figures)
+    plot = Path(run.run_dir) / ERRORS
+    if compare_errors(plot, folders):
+        console.print(plot, highlight=False, soft_wrap=True)
 
 
 def sum_up(run: config.Run, console: Console) -> None:
@@ -152,12 +156,14 @@ def describe(run: config.Run, splits: Splits) -> str:
     """Return the resolved configuration and the parameter counts, without training anything."""
     with training.make_strategy(run.train).scope():
         defense = training.build(run, splits)
-    count = sum(tf.size(each).numpy() for each in defense.backbone.trainable_variables)
+    deployed = [getattr(defense, part) for part in defense.deployed]
+    count = sum(tf.size(each).numpy() for part in deployed for each in part.trainable_variables)
+    every = sum(part.count_params() for part in deployed)
     lines = flags.to_lines(run)
     lines.append(f"# images {splits.image_shape}, {len(splits.labels)} classes: {', '.join(splits.labels)}")
     sizes = (splits.train.examples, splits.validation.examples, splits.test.examples)
     lines.append("# {} training, {} validation and {} test images".format(*sizes))
-    lines.append(f"# {count:,} trainable parameters, {defense.backbone.count_params():,} in all")
+    lines.append(f"# {count:,} trainable parameters, {every:,} in all")
     return "\n".join(lines)
 
 

@@ -13,11 +13,11 @@ import tensorflow as tf
 from kerasdefense.defenses import Defense
 from kerasdefense.detectors.rejection import RejectOption
 from kerasdefense.export.card import check_card
-from kerasdefense.export.signatures import SIGNATURES, serving_module
+from kerasdefense.export.signatures import DENOISE, SIGNATURES, serving_module
 from kerasdefense.files import replacing, write_error, write_json
 from kerasdefense.types import InputError, UsageError
 
-CARD, LABELS = "card.json", "labels.txt"
+CARD, LABELS, DENOISER = "card.json", "labels.txt", "denoiser.keras"
 TOLERANCE = 1e-5
 
 
@@ -30,7 +30,9 @@ def save(
     card: Mapping[str, Any],
     reject: Optional[RejectOption] = None,
 ) -> Path:
-    """Write the SavedModel `folder/<version>/` with its labels and card.
+    """Write the SavedModel `folder/<version>/` with its labels and card, and `denoiser.keras` where there is one.
+
+    That is what images pass before the classifier, a model of Keras' own layers, to be put in front of any other.
 
     It is loaded back and compared with the defense before it appears under its name. If anything fails,
     nothing stays behind.
@@ -55,6 +57,9 @@ def save(
     module = serving_module(defense, labels, reject)
     with replacing(path) as temporary:
         _write(module, temporary, labels)
+        purifier = defense.purifier()
+        if purifier is not None:
+            purifier.save(temporary / DENOISER)
         _compare(defense, reject, temporary)
         complete = {**card, "files": digests(temporary)}
         check_card(complete)
@@ -85,7 +90,7 @@ def _write(module: tf.Module, path: Path, labels: Sequence[str]) -> None:
     source = path.with_name(LABELS)
     source.write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
     module.labels = tf.saved_model.Asset(str(source))
-    signatures = {name: getattr(module, name) for name in SIGNATURES}
+    signatures = {name: getattr(module, name) for name in (*SIGNATURES, DENOISE) if hasattr(module, name)}
     try:
         tf.saved_model.save(module, str(path), signatures=signatures)
     except tf.errors.OpError as error:

@@ -15,6 +15,8 @@ from kerasdefense.detectors.rejection import RejectOption
 from kerasdefense.types import InputError
 
 SIGNATURES = ("serving_default", "image_bytes", "examples")
+DENOISE = "denoise"
+"""One more, of a defense that purifies images before they are classified."""
 _CHANNELS = (1, 3, 4)
 
 
@@ -32,6 +34,9 @@ def serving_module(defense: Defense, labels: Sequence[str], reject: Optional[Rej
     the highest logit) and `class_name` string [batch]; with a reject option also `anomaly_score` float32 [batch],
     higher = more unknown, and `accepted` bool [batch], whether that is at most the option's threshold.
 
+    A defense that purifies images has `denoise(image)` besides, of the input of `serving_default`, which returns
+    `image_denoised` float32 [batch, height, width, channels] in [0, 1].
+
     Args:
         defense: what is exported; its `call` is the whole defended path.
         labels: class names, in label order.
@@ -40,14 +45,12 @@ def serving_module(defense: Defense, labels: Sequence[str], reject: Optional[Rej
     Raises:
         InputError: not one label per class, or a model that images in files cannot feed.
     """
-    image_shape = _image_shape(defense, labels)
+    image_shape, purifier = _image_shape(defense, labels), defense.purifier()
+    of_images = tf.TensorSpec([None, *image_shape], tf.float32, "image")
 
-    @tf.function(input_signature=[tf.TensorSpec([None, *image_shape], tf.float32, "image")])
+    @tf.function(input_signature=[of_images])
     def serving_default(image: tf.Tensor) -> dict[str, tf.Tensor]:
-        size = tf.shape(image)[0]
-        # TensorFlow's oneDNN convolutions give an empty batch a wrong shape, so it is filled by one image.
-        filler = tf.zeros([tf.cast(size == 0, tf.int32), *image_shape])
-        image = tf.concat([image, filler], axis=0)
+        size, image = tf.shape(image)[0], _filled(image)
         judged = {}
         if reject is None:
             logits = tf.cast(defense(image, training=False), tf.float32)[:size]
@@ -74,11 +77,23 @@ def serving_module(defense: Defense, labels: Sequence[str], reject: Optional[Rej
         features = tf.io.parse_example(examples, {"image": tf.io.FixedLenFeature([], tf.string)})
         return serving_default(_decode(features["image"], image_shape))
 
+    @tf.function(input_signature=[of_images])
+    def denoise(image: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"image_denoised": purifier(_filled(image), training=False)[: tf.shape(image)[0]]}
+
     module = tf.Module(name="serving")
     module.serving_default, module.image_bytes, module.examples = serving_default, image_bytes, examples
+    if purifier is not None:
+        module.denoise = denoise
     # Only these are saved: no optimizer, metrics or Keras classes, which a loader would have to know.
     module.weights = list(serving_default.get_concrete_function().graph.variables)
     return module
+
+
+def _filled(image: tf.Tensor) -> tf.Tensor:
+    """Return a batch of images, an empty one with one image, since oneDNN's convolutions give that a wrong shape."""
+    filler = tf.zeros([tf.cast(tf.shape(image)[0] == 0, tf.int32), *image.shape[1:]])
+    return tf.concat([image, filler], axis=0)
 
 
 def _image_shape(defense: Defense, labels: Sequence[str]) -> tuple[int, int, int]:
