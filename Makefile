@@ -27,7 +27,7 @@ demo: $(or $(wildcard .venv/.full),.venv/.core)
 	$(PYTHON) -m kerasdefense.demo
 
 test: .venv/.full
-	$(PYTHON) -m pytest --cov --cov-report=term
+	$(PYTHON) -m pytest --cov --cov-report=term --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 check: .venv/.full
 	.venv/bin/ruff format --check .
