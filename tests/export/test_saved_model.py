@@ -1,16 +1,18 @@
 import errno
+import functools
 import hashlib
 import json
 import os
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-from kerasdefense import OSDNCAML, InputError, Standard, UsageError, export
+from kerasdefense import CAFD, OSDNCAML, InputError, Standard, UsageError, export
 from kerasdefense.training import mirrored
 
 PYTHON_OPS = {"PyFunc", "PyFuncStateless", "EagerPyFunc", "NumpyFunction"}
@@ -240,3 +242,17 @@ def test_replicated_defense_is_saved_like_any_other(make, labels, card, tmp_path
     image = np.random.default_rng(6).random((3, 8, 8, 3), np.float32)
     found = tf.saved_model.load(str(version)).signatures["serving_default"](image=tf.constant(image))
     np.testing.assert_allclose(found["logits"], defense(image), atol=1e-5)
+
+
+def test_denoiser_is_exported_alone_and_as_a_signature(make, labels, card, pixels, tmp_path):
+    defense = make(functools.partial(CAFD, denoiser_width=2, critic_width=2))
+    kernel = defense.denoiser.get_layer("residual").kernel
+    kernel.assign(tf.random.stateless_normal(kernel.shape, [0, 0]))  # it begins as zero
+    version = export.save(defense, tmp_path, labels=labels, version=1, card=card)
+    image = tf.constant(pixels / np.float32(255))
+    alone = keras.models.load_model(version / "denoiser.keras")
+    signature = tf.saved_model.load(str(version)).signatures["denoise"]
+    for denoised in (alone(image), signature(image=image)["image_denoised"]):
+        np.testing.assert_allclose(denoised, defense.denoised(image), atol=1e-5)
+    assert np.abs(alone(image) - image).max() > 1e-3
+    assert signature(image=image[:0])["image_denoised"].shape == (0, *image.shape[1:])
