@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -18,10 +18,14 @@ import tensorflow as tf
 from kerasdefense import config, data, evaluation, export, recognition
 from kerasdefense.attacks import norms
 from kerasdefense.data import Split, Splits
+<<<<<<< HEAD
 from kerasdefense.evaluation import Loaded, Options, ThreatModel, internals, nonadaptive
 from kerasdefense.evaluation.amplification import ERRORS, write_errors
+=======
+from kerasdefense.evaluation import Loaded, Options, ThreatModel, internals, nonadaptive, oblivious, preprocessing
+>>>>>>> 70157cb15ab16e5ab1ef98df0e9430b75085d43b
 from kerasdefense.evaluation.digests import of_file
-from kerasdefense.evaluation.figures import ARRAYS, PICTURE
+from kerasdefense.evaluation.figures import ARRAYS, PICTURE, Figures
 from kerasdefense.evaluation.html import choose_examples, write_report
 from kerasdefense.evaluation.plane import write_plane
 from kerasdefense.evaluation.report import note
@@ -36,7 +40,11 @@ RESULTS, REPORT, ENTRY, STATE = (
     f"{FOLDER}/{name}" for name in ("results.json", "report.html", "robustbench.json", "state")
 )
 ADVERSARIAL = recognition.ADVERSARIAL
-_FIGURES = {"internals": internals.measure_internals, "nonadaptive": nonadaptive.measure_nonadaptive}
+_FIGURES: dict[str, Callable[..., Figures]] = {
+    "internals": internals.measure_internals,
+    "nonadaptive": nonadaptive.measure_nonadaptive,
+    "oblivious": oblivious.measure_oblivious,
+}
 """What is measured image by image beside the attacks, by block of results.json and flag of --evaluate_."""
 
 
@@ -74,6 +82,7 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
         is_randomised=model.is_randomised,
         sanity_examples=wanted.sanity_examples,
         features=model.features,
+        class_activation=model.class_activation,
         look_outside=wanted.unseen,
         save=run_dir / ADVERSARIAL,
     )
@@ -116,7 +125,10 @@ def _figures(
         blocks[block] = None
         if examples and not is_randomised:
             batches = splits.test.batches(run.evaluate.chunk_size)
-            found = measure(model, batches, threat_model, examples=examples, seed=run.evaluate.seed)
+            settings: dict[str, Any] = {"examples": examples, "seed": run.evaluate.seed}
+            if block == "oblivious":
+                settings["attacks"] = run.evaluate.oblivious_attacks
+            found = measure(model, batches, threat_model, **settings)
             with replacing(path) as temporary:
                 np.savez_compressed(temporary, **found.arrays)
             blocks[block] = found.results
@@ -218,7 +230,10 @@ def verify(folder: Path, data_dir: str) -> tuple[list[str], bool]:
     if (folder / CARD).is_file():
         return _verify_published(folder)
     results = evaluation.read_results(folder)
-    model = evaluation.load_model(_model_path(folder, results), outputs=results["config"]["evaluate"]["outputs"])
+    wanted = results["config"]["evaluate"]
+    model = evaluation.load_model(_model_path(folder, results), outputs=wanted["outputs"])
+    if wanted.get("preprocessor"):
+        model = preprocessing.preprocessed(model, preprocessing.preprocessor(wanted["preprocessor"]))
     checks = [
         ("model", results["model"]["digest"], model.digest),
         (ADVERSARIAL, results["adversarial_sha256"], of_file(folder / ADVERSARIAL)),

@@ -289,6 +289,11 @@ class Evaluate:
     surrogates: str = _field(
         "", "other models, comma-separated, on which transfer attacks look (adaptive, blackbox, gap)"
     )
+    preprocessor: str = _field(
+        "",
+        "something to put in front of the model: a Keras model (.keras) from images in [0, 1] to images of the same "
+        "shape in [0, 1], or jpeg or total_variance of the adversarial-robustness-toolbox; empty = nothing",
+    )
     examples: int = _field(1000, "test images, from the first on; 0 = all", low=0)
     norm: str = _field("", "norm of the evaluation attacks; empty = the one the model was made for", ("", "linf", "l2"))
     epsilon: float = _field(0.0, "radius of the evaluation attacks; 0 = the one the model was made for", low=0)
@@ -339,6 +344,17 @@ class Evaluate:
         "test images, from the first on, on which to measure the mean accuracy over FGSM, BIM, PGD-40, CW and DeepFool "
         "at common defaults, which know nothing of the defense and so are no measure of robustness; 0 = none",
         low=0,
+    )
+    oblivious: int = _field(
+        0,
+        "test images, from the first on, on which to measure attacks on the classifier alone, by one who does not know "
+        "of what stands in front (a denoiser, --evaluate_preprocessor), and so no measure of robustness; 0 = none",
+        low=0,
+    )
+    oblivious_attacks: str = _field(
+        "",
+        "which of them, comma-separated: pgd40, pgd40_targeted, cw_l2, ddn, st_adv, ti_dim, cafa, autoattack; empty = "
+        "all",
     )
     unseen: bool = _field(False, "also measure on corrupted images and after StAdv, which are outside every ball")
     card: bool = _field(False, "write the figures to the card of the published folder that --evaluate_model names")

@@ -21,13 +21,16 @@ from kerasdefense import assess, config, data, evaluation, export, flags, recogn
 from kerasdefense.assess import ADVERSARIAL, RESULTS
 from kerasdefense.data import Splits
 from kerasdefense.defenses import DEFENSES, Defense
-from kerasdefense.evaluation import internals, nonadaptive, open_set
+from kerasdefense.evaluation import internals, nonadaptive, oblivious, open_set, preprocessing
 from kerasdefense.evaluation.amplification import ERRORS, compare_errors
+from kerasdefense.evaluation.batches import first_images
 from kerasdefense.evaluation.digests import of_file
 from kerasdefense.files import write_text
 from kerasdefense.training import MODEL
 from kerasdefense.types import InputError, UsageError
 
+_FEW = 8
+"""Test images on which a preprocessor is checked before anything is measured through it."""
 STRICT = 3
 """The exit code of what was done and is not to be trusted."""
 
@@ -67,6 +70,15 @@ def load_defense(run: config.Run, splits: Splits) -> Defense:
     return defense
 
 
+def check(run: config.Run) -> None:
+    """Raise a UsageError for flags of an evaluation that do not go together, before anything is trained."""
+    oblivious.chosen(run.evaluate.oblivious_attacks)
+    if run.evaluate.preprocessor and run.mode != "evaluate":
+        raise UsageError(f"--evaluate_preprocessor goes with --mode=evaluate, not with --mode={run.mode}")
+    if run.evaluate.preprocessor and run.evaluate.card:
+        raise UsageError("--evaluate_card is of the model alone; evaluate it without --evaluate_preprocessor")
+
+
 def evaluate(run: config.Run, splits: Splits, console: Console) -> dict[str, Any]:
     """Measure the run's model, or the one that --evaluate_model names, print what was found and return it."""
     if run.evaluate.model and run.mode != "evaluate":
@@ -78,10 +90,14 @@ def evaluate(run: config.Run, splits: Splits, console: Console) -> dict[str, Any
         evaluation.check_fits(model, splits.image_shape, len(splits.labels), splits.name)
     else:
         model = evaluation.load_model(Path(run.run_dir) / MODEL)._replace(name=run.defense.name)
+    if run.evaluate.preprocessor:
+        given = preprocessing.preprocessor(run.evaluate.preprocessor)
+        preprocessing.check_preprocessor(given, first_images(splits.test.batches(_FEW), _FEW).image)
+        model = preprocessing.preprocessed(model, given)
     results = assess.assess(run, splits, model)
     console.print(evaluation.table(results, f"{model.name} on {splits.name}"))
-    tables = (internals.internals_table(results), nonadaptive.nonadaptive_table(results))
-    for each in filter(None, (*open_set.open_set_tables(results), *tables)):
+    makers = (internals.internals_table, nonadaptive.nonadaptive_table, oblivious.oblivious_table)
+    for each in filter(None, (*open_set.open_set_tables(results), *(make(results) for make in makers))):
         console.print(each)
     for line in (*evaluation.sanity_lines(results), *evaluation.unseen_lines(results)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -133,7 +149,8 @@ def compare(run: config.Run, console: Console) -> None:
         write_text(Path(run.run_dir) / f"comparison.{name}", text)
         console.print(Path(run.run_dir) / f"comparison.{name}", highlight=False, soft_wrap=True)
     folders = {row.run.name: row.run.folder for row in compared.rows}
-    for compare_figures in (internals.compare_internals, nonadaptive.compare_nonadaptive):
+    compared_too = (internals.compare_internals, nonadaptive.compare_nonadaptive, oblivious.compare_oblivious)
+    for compare_figures in compared_too:
         figures = compare_figures(folders, seed=run.evaluate.seed)
         if figures is not None:
             console.print(figures)
@@ -209,6 +226,7 @@ def execute(run: config.Run, console: Console) -> int:
     splits = data.load(run.data)
     if run.mode in ("all", "evaluate"):
         recognition.check(run, splits)
+        check(run)
     if run.dry_run:
         print(describe(run, splits))
         return 0

@@ -76,7 +76,7 @@ def test_foreign_model_is_evaluated_into_its_directory(evaluated, foreign):
         assert results["nonadaptive"]["mean"]["value"] == pytest.approx(average["mean"].mean())
 
 
-@pytest.mark.parametrize("flag", ["internals", "nonadaptive"])
+@pytest.mark.parametrize("flag", ["internals", "nonadaptive", "oblivious"])
 def test_figures_of_images_are_refused_for_a_model_that_draws_at_random(flag):
     model = evaluation.Loaded({}, is_randomised=True)
     with pytest.raises(UsageError, match=f"--evaluate_{flag} needs a model that draws nothing at random"):
@@ -206,6 +206,48 @@ def test_what_cannot_be_evaluated_is_one_line(make, arguments, code, message, tm
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
     assert not (tmp_path / "run" / assess.RESULTS).exists()
+
+
+@pytest.fixture(scope="module")
+def smoother(tmp_path_factory):
+    """A Keras model from images to images."""
+    path = tmp_path_factory.mktemp("preprocessors") / "smooth.keras"
+    keras.Sequential([keras.Input([8, 8, 1]), keras.layers.AveragePooling2D(3, 1, "same")]).save(path)
+    return path
+
+
+def test_model_behind_a_preprocessor_is_evaluated_and_verified(foreign, smoother, tmp_path, capsys):
+    given = [f"--evaluate_model={foreign}", f"--evaluate_preprocessor={smoother}", f"--run_dir={tmp_path / 'run'}"]
+    given += ["--evaluate_oblivious=8", "--evaluate_oblivious_attacks=pgd40"]
+    assert run.main([*QUICK, *given]) == 0
+    assert "no measure of robustness" in " ".join(capsys.readouterr().out.split())
+    results = results_of(tmp_path / "run")
+    assert results["model"]["name"] == "smooth+mine" and results["model"]["digest"] != of_file(foreign)
+    assert results["config"]["evaluate"]["preprocessor"] == str(smoother)
+    assert {each["path"] for each in results["attacks"]} == {"exact", "bpda_identity", "oblivious"}
+    with np.load(tmp_path / "run" / ARRAYS.format("oblivious")) as arrays:
+        assert len(arrays["index"]) == results["oblivious"]["n"] == 8 and results["oblivious"]["has_purifier"]
+        assert results["oblivious"]["attacks"][0]["accuracy"]["value"] == arrays["pgd40"].mean()
+    assert run.main(["--mode=verify", str(tmp_path / "run")]) == 0
+    assert "scored again: ok" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--mode=all"], "--evaluate_preprocessor goes with --mode=evaluate, not with --mode=all"),
+        (["--evaluate_card"], "--evaluate_card is of the model alone; evaluate it without --evaluate_preprocessor"),
+        (
+            ["--evaluate_oblivious_attacks=pgd"],
+            "unknown attack of --evaluate_oblivious_attacks 'pgd'; valid: autoattack",
+        ),
+    ],
+)
+def test_flags_of_a_preprocessor_that_do_not_go_together_are_one_line(arguments, message, smoother, tmp_path, capsys):
+    given = [*QUICK, f"--evaluate_preprocessor={smoother}", f"--run_dir={tmp_path / 'run'}", *arguments]
+    assert run.main(given) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error, error
 
 
 def test_softmax_model_is_evaluated_when_it_is_converted(tmp_path):

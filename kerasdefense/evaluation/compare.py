@@ -38,6 +38,14 @@ _GAP_COLUMNS = {
     "worst": "robust_accuracy",
 }
 """Of the suite `gap`, whose APGD-CE meets only what stands after these."""
+_PURIFIED_COLUMNS = {
+    "clean": "clean_accuracy",
+    "oblivious": "oblivious_path_accuracy",
+    "BPDA": "bpda_identity_path_accuracy",
+    "exact": "exact_path_accuracy",
+    "worst": "robust_accuracy",
+}
+"""Of the suite `purified`: by path, the worst over the attacks that meet every image there."""
 _DIFFERENCES = {"Δ clean": "clean_difference", "Δ worst": "robust_difference"}
 
 
@@ -91,8 +99,13 @@ def compare(runs: Sequence[Outcomes], *, seed: int = 0) -> Comparison:
 
 
 def _accuracies(run: Outcomes) -> dict[str, Mapping[str, Any]]:
-    right = {"clean": run.clean, **run.survived, "robust": run.robust}
+    by_path = {f"{path}_path": right for path, right in run.by_path.items()} if _suite(run) == "purified" else {}
+    right = {"clean": run.clean, **run.survived, **by_path, "robust": run.robust}
     return {f"{name}_accuracy": accuracy_interval(each) for name, each in right.items()}
+
+
+def _suite(run: Outcomes) -> str:
+    return run.setting["suite"].split()[0]
 
 
 def _differences(run: Outcomes, reference: Outcomes, seed: int) -> dict[str, Mapping[str, Any]]:
@@ -167,7 +180,8 @@ def to_csv(comparison: Comparison) -> str:
                 line[f"{name}_significant"] = "*" if figure["significant"] else ""
         lines.append(line)
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[-1]), lineterminator="\n")
+    columns = dict.fromkeys(name for line in reversed(lines) for name in line)  # the reference has no differences
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return text.getvalue()
@@ -175,15 +189,16 @@ def to_csv(comparison: Comparison) -> str:
 
 def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Return the headings and the cells of every row, as people read them."""
-    suite = str(comparison.rows[0].run.setting["suite"])
-    shown = _GAP_COLUMNS if suite.split()[0] == "gap" else _COLUMNS
-    columns = {words: name for words, name in shown.items() if name in comparison.rows[0].figures}
+    by_suite = {"gap": _GAP_COLUMNS, "purified": _PURIFIED_COLUMNS}
+    shown = by_suite.get(_suite(comparison.rows[0].run), _COLUMNS)
+    known = {name for row in comparison.rows for name in row.figures}
+    columns = {words: name for words, name in shown.items() if name in known}
     headings = ["run", "attack budget", "n", *columns, *_DIFFERENCES, "pairs"]
     lines = []
     for row in comparison.rows:
         figures, budget = row.figures, row.run.attack_budget
         cells = [row.run.name, "?" if budget is None else f"{budget:,}", f"{len(row.run.index):,}"]
-        cells += [_percent(figures[name]) for name in columns.values()]
+        cells += [_percent(figures[name]) if name in figures else "-" for name in columns.values()]
         cells += [points(figures[name]) if name in figures else "-" for name in _DIFFERENCES.values()]
         cells.append(f"{figures['clean_difference']['n']:,}" if "clean_difference" in figures else "-")
         lines.append(cells)

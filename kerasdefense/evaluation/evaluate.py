@@ -12,7 +12,7 @@ from typing import Any, Callable, Optional, Union
 
 import tensorflow as tf
 
-from kerasdefense.attacks import norms
+from kerasdefense.attacks import FEATURE_DISTANCE, norms
 from kerasdefense.evaluation import randomised
 from kerasdefense.evaluation.batches import as_batches, first_images
 from kerasdefense.evaluation.probes import Radii, Subject
@@ -41,6 +41,7 @@ def evaluate(
     is_randomised: Optional[bool] = None,
     sanity_examples: int = SANITY_EXAMPLES,
     features: Optional[Callable[[tf.Tensor], tf.Tensor]] = None,
+    class_activation: Optional[Callable[[tf.Tensor], tf.Tensor]] = None,
     look_outside: bool = False,
     save: Optional[Path] = None,
 ) -> dict[str, Any]:
@@ -60,6 +61,8 @@ def evaluate(
         sanity_examples: images for the sanity battery and the security curve, from the first on; 0 = neither.
         features: `features(image) -> [n, d]`, what enters the last layer; for attacks that match it, which do not run
             without, and for S16, which else looks at the logits.
+        class_activation: `class_activation(image) -> [n, h, w, c]`, the class activation features of the path `exact`;
+            for attacks that go away from those of the clean image, which do not run without.
         look_outside: measure accuracy on corrupted images and after StAdv too, on those of the sanity battery.
         save: .npz file that receives, per example, the worst image found and every outcome.
 
@@ -94,9 +97,10 @@ def evaluate(
         if options.journal is None and (is_random or save is not None):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             options = dataclasses.replace(options, journal=folder)
-        measured = measure(attack_paths, dataset, plan, options, features=features, save=save)
+        told = {"features": features, "class_activation": class_activation}
+        measured = measure(attack_paths, dataset, plan, options, **told, save=save)
         results = summary(measured, threat_model)
-        skipped = _skipped(plan, attack_paths, features)
+        skipped = _skipped(plan, attack_paths, told)
         results["flags"] = {**flags, "randomised": is_random, "classes": classes, "skipped": skipped}
         size = min(RANDOM_SANITY_EXAMPLES, sanity_examples) if is_random else sanity_examples
         size = min(size, options.examples or size)
@@ -136,13 +140,14 @@ def _with_classes(path: PathFn, classes: int) -> PathFn:
     return shaped
 
 
-def _skipped(plan: Sequence[PlannedAttack], attack_paths: Mapping[str, PathFn], features: Any) -> list[str]:
-    """Return the attacks that did not run, for want of a surrogate to look on or of features to match."""
+def _skipped(plan: Sequence[PlannedAttack], attack_paths: Mapping[str, PathFn], told: Mapping[str, Any]) -> list[str]:
+    """Return the attacks that did not run, for want of a surrogate to look on or of features to compare."""
     has_surrogate = any(name.startswith(SURROGATE) for name in attack_paths)
+    needed = {FEATURES: told["features"], FEATURE_DISTANCE: told["class_activation"]}
     return [
         planned.name
         for planned in plan
-        if (planned.transfer and not has_surrogate) or (planned.objective == FEATURES and features is None)
+        if (planned.transfer and not has_surrogate) or needed.get(planned.objective, planned) is None
     ]
 
 

@@ -35,6 +35,7 @@ _OPTIONAL: Mapping[str, Any] = {
     "open_set": None,
     "internals": None,
     "nonadaptive": None,
+    "oblivious": None,
     "flags": {},
     "indices_sha256": "",
     "adversarial_sha256": "",

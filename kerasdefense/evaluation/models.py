@@ -18,6 +18,7 @@ from kerasdefense.evaluation import digests, interfaces
 from kerasdefense.evaluation.interfaces import UNKNOWN, Shape, classes_of, image_shape_of, in_words, selected
 from kerasdefense.evaluation.suites import ThreatModel
 from kerasdefense.layers import OrthogonalHead
+from kerasdefense.losses import class_activation_features, features_of
 from kerasdefense.types import ActivationsFn, InputError, LogitsFn, PathFn
 
 MODEL, SIGNATURE = "model.keras", "serving_default"
@@ -36,6 +37,7 @@ class Loaded(NamedTuple):
         activations: `activations(image) -> {"logits": [n, classes], "embedding": [n, d]}` of a model that draws nothing
             at random; without the embedding, what enters the last layer, where it does not tell.
         has_embedding: whether it tells.
+        bare: the activations of the classifier alone, where something stands in front of it.
         head: the last layer, where it is known and of a kind that detectors know.
         kernels: trainable kernels of the defended path, where they can be moved.
         internals: `internals(batch, image_adv, attack, seed) -> {name: [n]}` of a defense that tells of its inside.
@@ -51,6 +53,7 @@ class Loaded(NamedTuple):
     is_randomised: Optional[bool] = None
     activations: Optional[ActivationsFn] = None
     has_embedding: bool = False
+    bare: Optional[ActivationsFn] = None
     head: Optional[Head] = None
     kernels: Sequence[tf.Variable] = ()
     internals: Optional[Callable[..., Mapping[str, tf.Tensor]]] = None
@@ -62,6 +65,27 @@ class Loaded(NamedTuple):
         """`features(image) -> [n, d]`, what enters the last layer, if the model tells."""
         activations = self.activations
         return None if activations is None or not self.has_embedding else lambda image: activations(image)["embedding"]
+
+    @property
+    def class_activation(self) -> Optional[LogitsFn]:
+        """`class_activation(image) -> [n, h, w, c]`, the class activation features, if the model tells them."""
+        return self._class_activation(self.activations)
+
+    @property
+    def bare_class_activation(self) -> Optional[LogitsFn]:
+        """The same of the classifier alone, which the model itself is where nothing stands in front of it."""
+        return self._class_activation(self.activations if self.bare is None else self.bare)
+
+    def _class_activation(self, activations: Optional[ActivationsFn]) -> Optional[LogitsFn]:
+        if activations is None or self.head is None or not self.has_embedding:
+            return None
+        kernel, tell = tf.constant(self.head.kernel, tf.float32), activations
+
+        def features(image: tf.Tensor) -> tf.Tensor:
+            told = tell(image)
+            return class_activation_features(features_of(told, kernel), told["logits"], kernel)
+
+        return features
 
 
 def load_model(path: Union[str, Path], *, outputs: str = "logits") -> Loaded:
@@ -85,7 +109,7 @@ def load_model(path: Union[str, Path], *, outputs: str = "logits") -> Loaded:
         loaded = _of_saved_model(file, outputs) if is_plain else _of_object(read(file), outputs)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    return loaded._replace(name=_name(path.resolve()), digest=digests.of_file(file))
+    return loaded._replace(name=name_of(path), digest=digests.of_file(file))
 
 
 def as_paths(model: Any, *, outputs: str = "logits") -> Loaded:
@@ -159,6 +183,7 @@ def _of_defense(model: Any) -> Loaded:
         is_randomised=_declared(model),
         activations=getattr(model, "activations", None),
         has_embedding=hasattr(model, "activations"),
+        bare=getattr(model, "bare_activations", None),
         head=head,
         kernels=kernels,
         internals=getattr(model, "internals", None),
@@ -285,8 +310,9 @@ def _file(path: Path) -> Path:
     raise InputError(f"not a model: the folder holds neither saved_model.pb nor {MODEL}")
 
 
-def _name(path: Path) -> str:
+def name_of(path: Path) -> str:
     """Return `<name>` of <name>, <name>.keras, <name>/model.keras and <name>/<version>."""
+    path = path.resolve()
     if path.name == MODEL or path.name.isdecimal():
         return path.parent.name
     return path.stem if path.is_file() else path.name

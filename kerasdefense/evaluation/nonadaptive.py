@@ -15,12 +15,13 @@ import numpy as np
 import tensorflow as tf
 from rich.table import Table
 
-from kerasdefense.attacks import BIM, FGSM, PGD, CarliniWagner, DeepFool, Iterative, norms
+from kerasdefense.attacks import BIM, FGSM, PGD, CarliniWagner, DeepFool, Iterative
 from kerasdefense.evaluation.batches import first_images
 from kerasdefense.evaluation.figures import Figures, compare_figures
 from kerasdefense.evaluation.models import Loaded
 from kerasdefense.evaluation.report import accuracy_interval, mean_interval, radius
 from kerasdefense.evaluation.search import Chunk, ExactPath, Search
+from kerasdefense.evaluation.single import attacked, median_in_words, median_l2
 from kerasdefense.evaluation.suites import PlannedAttack, ThreatModel
 
 WORDS = "An average over attacks that know nothing of the defense; robust accuracy is the worst case."
@@ -72,12 +73,11 @@ def measure_nonadaptive(
     survived: dict[str, np.ndarray] = {}
     for stream, (name, attack) in enumerate(attacks.items(), start=_STREAM):
         search = Search(PlannedAttack(name, attack), "exact", path, stream=stream, seed=seed, chunk_size=_BATCH)
-        image_adv = _attacked(search, chunk, np.flatnonzero(clean))
+        image_adv = attacked(search, chunk, np.flatnonzero(clean))
         survived[name] = clean & exact.is_right(Chunk(image_adv, chunk.label, chunk.index))
         entries.append({"name": name, "accuracy": accuracy_interval(survived[name])})
         if attack.takes == "logits":
-            length = norms.length(tf.constant(image_adv - chunk.image), "l2").numpy()[clean & ~survived[name]]
-            entries[-1]["median_l2"] = float(np.median(length)) if length.size else None
+            entries[-1]["median_l2"] = median_l2(image_adv, chunk, clean & ~survived[name])
     mean = np.mean(list(survived.values()), axis=0)
     results = {
         "n": len(chunk.label),
@@ -88,22 +88,6 @@ def measure_nonadaptive(
         "settings": {name: attack.get_config() for name, attack in attacks.items()},
     }
     return Figures(results, {"index": chunk.index, **survived, "mean": mean})
-
-
-def _attacked(search: Search, chunk: Chunk, rows: np.ndarray) -> np.ndarray:
-    """Return the images of a chunk, those of some rows after an attack: where it keeps its last iterate, that one."""
-    image_adv, attack = chunk.image.copy(), search.attack
-    for first in range(0, len(rows), _BATCH):
-        part = rows[first : first + _BATCH]
-        run, no_logits = np.zeros(len(part), np.int64), np.zeros([len(part), 0], np.float32)
-        context = search.context(chunk.rows(part), no_logits, run, no_logits)
-        image = tf.constant(chunk.image[part])
-        state = search.start(image, context, run)
-        keeps_last = isinstance(attack, PGD)
-        for _ in range(attack.steps if keeps_last else attack.passes):
-            state = search.step(state, image, context)
-        image_adv[part] = (state.image if keeps_last else state.best.image).numpy()
-    return image_adv
 
 
 def nonadaptive_table(results: Mapping[str, Any]) -> Optional[Table]:
@@ -123,12 +107,8 @@ def nonadaptive_table(results: Mapping[str, Any]) -> Optional[Table]:
     for row in (*rows, {"name": "mean over attacks", "accuracy": found["mean"]}):
         low, high = row["accuracy"]["ci95"]
         accuracy, interval = f"{100 * row['accuracy']['value']:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %"
-        table.add_row(row["name"], accuracy, interval, _median(row) if "median_l2" in row else "")
+        table.add_row(row["name"], accuracy, interval, median_in_words(row))
     return table
-
-
-def _median(row: Mapping[str, Any]) -> str:
-    return "none fooled" if row["median_l2"] is None else f"{row['median_l2']:.3g}"
 
 
 def compare_nonadaptive(folders: Mapping[str, Path], *, seed: int = 0) -> Optional[Table]:

@@ -89,7 +89,12 @@ class Pool:
         self._inputs = (tf.constant(chunk.image), context)
 
     def _references(self, rows: np.ndarray) -> np.ndarray:
-        """Return what is to be matched, for each row and run of another clean image, not taken for the row's class."""
+        """Return what is compared: for each row and run of another clean image, not taken for the row's class.
+
+        An attack that goes away from the clean image has that of the row itself.
+        """
+        if self.search.keeps_its_own:
+            return self._reference[rows]
         count, answer = len(self.block.label), self.logits.argmax(axis=1)
         found = (rows + 1 + self.run * 7919) % count
         for _ in range(count):

@@ -22,8 +22,9 @@ class Outcomes:
     """What an evaluation found, image by image.
 
     `index` int [n] numbers the images in their source split, `label` is int [n]; `clean`, `robust` (right after every
-    attack on every path) and each value of `survived` (right after one attack on every path) are bool [n]. `setting`
-    is what runs must share to be compared, in words: data_set, open_set_split, threat_model, suite.
+    attack on every path), each value of `survived` (right after one attack on every path) and of `by_path` (right after
+    every attack on one path that met all images, for paths with such attacks) are bool [n]. `setting` is what runs must
+    share to be compared, in words: data_set, open_set_split, threat_model, suite.
     """
 
     folder: Path
@@ -32,6 +33,7 @@ class Outcomes:
     label: np.ndarray
     clean: np.ndarray
     survived: Mapping[str, np.ndarray]
+    by_path: Mapping[str, np.ndarray]
     robust: np.ndarray
     setting: Mapping[str, str]
     note: str
@@ -57,6 +59,7 @@ def read_outcomes(folder: Path) -> Outcomes:
         facts, claims = _facts(results, threat), _claims(results)
         names = [attack["name"] for attack in attacks]
         columns = [_column(attack["name"], attack["path"]) for attack in attacks]
+        alone = [attack["path"] if attack.get("alone") else "" for attack in attacks]
     with _reading(stored):
         arrays = _arrays(stored)
         clean, survived = arrays["clean"], arrays["survived"]
@@ -73,6 +76,7 @@ def read_outcomes(folder: Path) -> Outcomes:
         label=arrays["label"],
         clean=clean,
         survived={name: survived[:, np.array(names) == name].all(axis=1) for name in names},
+        by_path={path: survived[:, np.array(alone) == path].all(axis=1) for path in filter(None, alone)},
         robust=robust,
         **facts,
     )

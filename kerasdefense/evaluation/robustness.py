@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import tensorflow as tf
 
+from kerasdefense.attacks import FEATURE_DISTANCE
 from kerasdefense.evaluation.block import Block
 from kerasdefense.evaluation.journal import Arrays, Journal
 from kerasdefense.evaluation.outcomes import Outcomes, collect, write_outcomes
@@ -79,6 +80,7 @@ def measure(
     options: Options,
     *,
     features: Optional[LogitsFn] = None,
+    class_activation: Optional[LogitsFn] = None,
     save: Optional[Path] = None,
 ) -> Measured:
     """Run every attack of a suite on every path and return who survived.
@@ -90,6 +92,8 @@ def measure(
         suite: the attacks.
         options: how they are run.
         features: `features(image) -> [n, d]`, what enters the last layer; without it features are not matched.
+        class_activation: `class_activation(image) -> [n, h, w, c]`, the class activation features of the exact path;
+            without it no attack goes away from them.
         save: .npz file that receives, per example, the worst image found and every outcome; needs a journal.
 
     Raises:
@@ -99,11 +103,13 @@ def measure(
     draws = FRESH_DRAWS if options.is_randomised else 1
     exact = ExactPath(attack_paths["exact"], seed=options.seed, chunk_size=options.chunk_size, draws=draws)
     planned = [(each, name) for each in suite for name in attack_paths if each.is_for(name)]
-    settings: dict[str, Any] = {"seed": options.seed, "chunk_size": options.chunk_size, "features": features}
+    told = {FEATURES: features, FEATURE_DISTANCE: class_activation}
+    settings: dict[str, Any] = {"seed": options.seed, "chunk_size": options.chunk_size}
+    settings |= {"features": features, "class_activation": class_activation}
     searches = tuple(
         Search(each, name, attack_paths[name], stream=stream, **settings)
         for stream, (each, name) in enumerate(planned)
-        if features is not None or each.objective != FEATURES
+        if told.get(each.objective, each) is not None
     )
     if not searches:
         raise UsageError("an evaluation needs at least one attack; transfer attacks need a surrogate")

@@ -9,7 +9,17 @@ from typing import Any, Callable, Optional
 import numpy as np
 import tensorflow as tf
 
-from kerasdefense.attacks import OBJECTIVES, PGD, Iterative, check_logits, norms, ranked_targets, seeds
+from kerasdefense.attacks import (
+    FEATURE_DISTANCE,
+    OBJECTIVES,
+    PGD,
+    TO_CLASS,
+    Iterative,
+    check_logits,
+    norms,
+    ranked_targets,
+    seeds,
+)
 from kerasdefense.attacks.iterative import where
 from kerasdefense.attacks.wrappers import draws_of
 from kerasdefense.evaluation.suites import PlannedAttack
@@ -19,6 +29,8 @@ LABEL_ONLY = ("cross_entropy", "cross_entropy_x10", "cross_entropy_x50", "dlr", 
 """Objectives that need no more of an example than its label."""
 LOGITS, FEATURES, SIGNED = "logit_matching", "feature_matching", "signed_target"
 """Objectives that need the logits or features of another image, or the end of an axis, to go to."""
+_ON_FEATURES = (FEATURES, FEATURE_DISTANCE)
+"""Objectives of features, not of logits."""
 FRESH_DRAWS = 10
 """Passes over whose mean probabilities a randomised model's answer is taken."""
 _SHARES = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 1 / 16)
@@ -141,6 +153,8 @@ class Search:
         seed: seed of the evaluation.
         chunk_size: images attacked at once, with all their random draws.
         features: from images to what enters the last layer, [batch, d], for an attack that matches it.
+        class_activation: from images to class activation features, [batch, h, w, c], for an attack that leaves them.
+        target_of: from labels [n] to the class that each image is pulled to, for an attack that chooses none itself.
     """
 
     def __init__(
@@ -153,6 +167,8 @@ class Search:
         seed: int,
         chunk_size: int,
         features: Optional[LogitsFn] = None,
+        class_activation: Optional[LogitsFn] = None,
+        target_of: Optional[Callable[[np.ndarray], np.ndarray]] = None,
     ) -> None:
         self.planned = planned
         self.name = planned.name if path_name == "exact" else f"{planned.name}:{path_name}"
@@ -161,7 +177,10 @@ class Search:
         self.slots = max(1, chunk_size // planned.draws)
         self.is_iterative = isinstance(planned.attack, Iterative)
         self._path = path
-        self._features: Any = features
+        by_objective = {FEATURES: features, FEATURE_DISTANCE: class_activation if path_name == "exact" else None}
+        self._by_objective = {name: each for name, each in by_objective.items() if each is not None}
+        self._features: Any = self._by_objective.get(planned.objective)
+        self._target_of = target_of
         self._stream = stream
         self._seed = seed
         self._functions: dict[str, Callable[..., Any]] = {}
@@ -173,15 +192,20 @@ class Search:
             self._logits = lambda image: path(image, self._path_seed)
 
     def _check_objective(self) -> None:
-        known: tuple[str, ...] = (*LABEL_ONLY, LOGITS) if self._features is None else (*LABEL_ONLY, LOGITS, FEATURES)
-        if self.attack.targets:
-            known += ("targeted_cross_entropy", "targeted_dlr")
+        known: tuple[str, ...] = (*LABEL_ONLY, LOGITS, *self._by_objective)
+        if self.attack.targets or self._target_of is not None:
+            known += TO_CLASS
         if self.path_name == "signed" and self.attack.targets and self.attack.targets % 2 == 0:  # two ends of each axis
             known += (SIGNED,)
         if self.planned.objective not in known:
             raise UsageError(
                 f"attack {self.name} must maximise one of {', '.join(known)}, not {self.planned.objective}"
             )
+
+    @property
+    def keeps_its_own(self) -> bool:
+        """Whether the reference of an image is its own, and not that of an image of another class."""
+        return self.planned.objective == FEATURE_DISTANCE
 
     @property
     def runs(self) -> int:
@@ -195,7 +219,7 @@ class Search:
             chunk: the images.
             logits: float32 [n, classes], of the clean images.
             run: int [n].
-            reference: float32 [n, d], what `references` gives of an image of another class.
+            reference: float32 [n, ...], what `references` gives of an image of another class, or of the image itself.
         """
         index = tf.constant(chunk.index)
         of_run = tf.constant(np.stack([run, np.zeros_like(run)], axis=1), tf.int32)
@@ -204,7 +228,9 @@ class Search:
         if self.attack.targets:
             number = tf.constant(run // self.attack.restarts, tf.int32)
             context["target"] = self._targets(tf.constant(logits), context["label"], number)
-        if self.planned.objective in (LOGITS, FEATURES):
+        if self._target_of is not None:
+            context["target"] = tf.constant(self._target_of(chunk.label), tf.int32)
+        if self.planned.objective in (LOGITS, *_ON_FEATURES):
             context["reference"] = tf.constant(reference)
         return context
 
@@ -216,8 +242,8 @@ class Search:
         return tf.gather(ranked, number // 2, batch_dims=1) + logits.shape[-1] * (number % 2)
 
     def references(self, image: np.ndarray, logits: np.ndarray) -> np.ndarray:
-        """Return what there is to match of clean images [n, h, w, c] with logits [n, classes]: features, or logits."""
-        if self.planned.objective != FEATURES:
+        """Return what is compared of clean images [n, h, w, c] with logits [n, classes]: features, or the logits."""
+        if self.planned.objective not in _ON_FEATURES:
             return logits
         features = compiled(self._features, tf.constant(image[:1]))
         parts = [features(tf.constant(image[at : at + self.slots])) for at in range(0, len(image), self.slots)]
@@ -250,7 +276,7 @@ class Search:
         objective = OBJECTIVES[self.planned.objective]
 
         def loss_fn(each: tf.Tensor, _: Context) -> tf.Tensor:
-            if self.planned.objective == FEATURES:
+            if self.planned.objective in _ON_FEATURES:
                 return objective(self._features)(each, context)
             return answer.loss(objective, each)
 

@@ -5,13 +5,27 @@ from __future__ import annotations
 import dataclasses
 from typing import Callable, NamedTuple
 
-from kerasdefense.attacks import APGD, ATTACKS, FAB, FGSM, PGD, Attack, CarliniWagner, Square, has_foolbox
+from kerasdefense.attacks import (
+    APGD,
+    ATTACKS,
+    CAFA,
+    FAB,
+    FEATURE_DISTANCE,
+    FGSM,
+    PGD,
+    Attack,
+    CarliniWagner,
+    Square,
+    has_foolbox,
+)
 
 SURROGATE = "surrogate:"
 """What the names of paths begin with that are not the model's own."""
 AIDS = ("signed", "smoothed")
 """Families of paths that are there for attacks made for them: the absolute values of `signed` are the logits, and
 `smoothed:<length>` are the logits with a gradient that is rounded off where those jump."""
+EXACT = "exact"
+"""The whole defended path."""
 EOT_DRAWS = 20
 TARGETS = 9
 _SCALES = ("x10", "x50")
@@ -39,7 +53,7 @@ class PlannedAttack(NamedTuple):
         draws: passes whose loss and probabilities are averaged at each point, for models that draw at random.
         examples: how many images are attacked at most, from the first on; 0 = all. The others count as standing.
         transfer: whether it is aimed at surrogates, and only what it finds on them is tried on the model.
-        path: family of the paths that it is for, of AIDS; "" = every path but those and surrogates.
+        path: the path that it is for, `exact` or a family of AIDS; "" = every path but those and surrogates.
         alone: whether it meets every image that is right clean, also in a cascade.
         replaces: what it stands in for, and why, where a suite's own attack cannot run on so few classes.
     """
@@ -59,7 +73,8 @@ class PlannedAttack(NamedTuple):
         if path.startswith(SURROGATE):
             return self.transfer
         family = path.split(":")[0]
-        return not self.transfer and self.path == (family if family in AIDS else "")
+        families = (family,) if family in AIDS else ("", family)
+        return not self.transfer and self.path in families
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +220,26 @@ def _gap(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
     return (*(each._replace(alone=True) for each in each_alone), *_autoattack(norm, epsilon, classes))
 
 
+def released_step(epsilon: float) -> float:
+    """Return the step of the attacks released with CAFD: 0.01 at a radius of 8/255, and as much of any other radius."""
+    return 0.01 * epsilon / (8 / 255)
+
+
+def _purified(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
+    cafa = CAFA(norm, epsilon, step_size=released_step(epsilon))
+    each_alone = (
+        PlannedAttack("pgd20", PGD(norm, epsilon, steps=20)),
+        _apgd_ce(norm, epsilon),
+        _apgd_t(norm, epsilon, classes),
+        PlannedAttack("cafa", cafa, FEATURE_DISTANCE, path=EXACT),
+    )
+    return (
+        *(each._replace(alone=True) for each in each_alone),
+        _fab_t(norm, epsilon, classes),
+        _square(norm, epsilon)._replace(path=EXACT),  # the values of other paths are its own, or another model's
+    )
+
+
 def _blackbox(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
     planned = [
         PlannedAttack("noise", ATTACKS["noise"](norm=norm, epsilon=epsilon), "margin"),
@@ -239,6 +274,12 @@ SUITES: dict[str, Suite] = {
         "AutoAttack standard, besides PGD, margin, features and transfer, each alone",
     ),
     "plus": Suite(_plus, True, _AUTOATTACK_CHECKS, "AutoAttack plus"),
+    "purified": Suite(
+        _purified,
+        True,
+        _AUTOATTACK_CHECKS,
+        "AutoAttack standard, besides PGD-20 and CAFA, through what purifies images and past it",
+    ),
     "quick": Suite(_quick, False, _QUICK_CHECKS, _NOT_AUTOATTACK),
     "rand": Suite(_rand, True, _AUTOATTACK_CHECKS, "AutoAttack rand"),
     "standard": Suite(_standard, False, _STANDARD_CHECKS, _NOT_AUTOATTACK),

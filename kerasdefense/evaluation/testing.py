@@ -72,6 +72,7 @@ def assert_robust(
         is_randomised=loaded.is_randomised,
         sanity_examples=_SANITY_EXAMPLES,
         features=loaded.features,
+        class_activation=loaded.class_activation,
     )
     failed = [item for item in results["sanity"] if item["gates"] and item["status"] == "fail"]
     if results["robust_accuracy"]["value"] < at_least or not results["trusted"]:

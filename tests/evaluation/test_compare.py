@@ -309,3 +309,39 @@ def test_comparison_under_the_suite_gap_shows_what_each_attack_leaves_alone(tmp_
     assert "APGD-CE" not in cells and "transfer" not in cells
     expected = {"PGD-20": "75.0 %", "PGD-100": "50.0 %", "margin": "25.0 %", "features": "100.0 %", "worst": "25.0 %"}
     assert {name: cells[name].split(" (")[0] for name in expected} == expected
+
+
+def test_comparison_under_the_suite_purified_shows_what_stands_on_each_path(tmp_path):
+    paths = ("exact", "bpda_identity", "oblivious")
+    attacks = (
+        *((name, path) for name in ("pgd20", "apgd_ce") for path in paths),
+        ("cafa", "exact"),
+        ("square", "exact"),
+    )
+    left = ("1110", "1111", "1111", "1100", "1110", "0111", "1110", "1000")  # Square met only what stood
+    behind = write(tmp_path / "behind", "1111", *left, attacks=attacks, suite="purified")
+    exact = [number for number, (_, path) in enumerate(attacks) if path == "exact"]
+    plain = write(
+        tmp_path / "plain",
+        "1111",
+        *(left[number] for number in exact),
+        attacks=[attacks[number] for number in exact],
+        suite="purified",
+    )
+    for folder in (behind, plain):
+        described = folder / "evaluation/results.json"
+        content = json.loads(described.read_text())
+        content["attacks"] = [{**each, "alone": each["name"] != "square"} for each in content["attacks"]]
+        described.write_text(json.dumps(content))
+    compared = compare([read_outcomes(behind), read_outcomes(plain)])
+    heading, _, *rows = to_markdown(compared).splitlines()
+    first, second = (
+        dict(zip(*([each.strip() for each in line.strip("|").split("|")] for line in (heading, row))))
+        for row in rows[:2]
+    )
+    expected = {"clean": "100.0 %", "oblivious": "75.0 %", "BPDA": "75.0 %", "exact": "50.0 %", "worst": "0.0 %"}
+    assert {name: first[name].split(" (")[0] for name in expected} == expected
+    assert (second["oblivious"], second["BPDA"], second["exact"].split(" (")[0]) == ("-", "-", "50.0 %")
+    lines = list(csv.DictReader(io.StringIO(to_csv(compared))))
+    assert [line["oblivious_path_accuracy"] for line in lines] == ["0.75", ""]
+    assert [line["exact_path_accuracy"] for line in lines] == ["0.5", "0.5"]

@@ -422,6 +422,25 @@ def test_mean_over_attacks_is_shown_beside_the_words_that_it_is_no_robustness(re
     assert "non-adaptive" not in render({**results, "nonadaptive": None})
 
 
+def test_attacks_on_the_classifier_alone_are_shown_beside_the_words_that_they_are_no_robustness(render, results):
+    entries = [
+        {"name": "pgd40", "accuracy": wilson(11, 13), "bare_accuracy": wilson(2, 13)},
+        {"name": "cw_l2", "accuracy": wilson(10, 13), "bare_accuracy": wilson(0, 13), "median_l2": 0.213},
+    ]
+    results["oblivious"] = {"n": 13, "seed": 0, "clean_accuracy": wilson(12, 13), "attacks": entries}
+    results["oblivious"] |= {"bare_clean_accuracy": wilson(13, 13), "has_purifier": True}
+    results["oblivious"] |= {"left_out": {"ddn": "foolbox is not installed"}, "settings": {}}
+    check_results(results)
+    source = render(results)
+    section = Page(re.search(r'<section aria-labelledby="oblivious".*?</section>', source, re.DOTALL).group())
+    assert "does not know of what stands in front; no measure of robustness" in section.text
+    assert "Without ddn: foolbox is not installed." in section.text and "Nothing stands" not in section.text
+    assert section.text.endswith("cw_l2 0.0 % 76.9 % 49.7 to 91.8 % 0.213")
+    numbers = NUMBER.findall(section.text.replace("95 % interval", ""))
+    assert sorted({each.strip(",.") for each in numbers} - traceable(results)) == []
+    assert "classifier alone" not in render({**results, "oblivious": None})
+
+
 def test_chosen_examples_are_fooled_first_and_of_all_classes():
     image, image_adv, label, before, after, labels = candidates((4, 4, 1))
     chosen = choose_examples(image, image_adv, label, before, after, labels)

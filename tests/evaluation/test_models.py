@@ -497,3 +497,32 @@ def test_model_and_data_must_fit(loaded_shape, image_shape, classes, message):
 
 def test_model_of_unknown_classes_fits_any():
     check_fits(Loaded({}), (4, 4, 3), 7, "digits")
+
+
+def test_classifier_behind_something_tells_its_own_activations_and_class_activation_features():
+    keras.utils.set_random_seed(0)
+    backbone = small_cnn((4, 4, 3), 5)
+    plain = as_paths(backbone)
+    assert plain.bare is None
+    told = backbone(IMAGE, training=False)
+    winner = plain.head.kernel[:, tf.argmax(told["logits"], axis=1)].T
+    expected = told["feature_map"] * winner[:, None, None, :]
+    np.testing.assert_allclose(plain.class_activation(IMAGE), expected, atol=1e-6)
+    np.testing.assert_allclose(plain.bare_class_activation(IMAGE), expected, atol=1e-6)
+
+    class Behind(Standard):
+        def bare_activations(self, image):
+            return self.backbone(image, training=False)
+
+        def activations(self, image):
+            return self.backbone(1 - image, training=False)
+
+    behind = as_paths(Behind(backbone, attack=PGD()))
+    np.testing.assert_allclose(behind.bare(IMAGE)["logits"], told["logits"], atol=1e-6)
+    np.testing.assert_allclose(behind.bare_class_activation(IMAGE), expected, atol=1e-6)
+    np.testing.assert_allclose(behind.class_activation(1 - IMAGE), expected, atol=1e-5)
+
+
+def test_model_that_does_not_tell_has_no_class_activation_features():
+    assert as_paths(lambda image: tf.reduce_mean(image, [1, 2])).class_activation is None
+    assert as_paths(make_model()).class_activation is None  # there is no global pooling

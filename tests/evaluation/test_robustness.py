@@ -9,6 +9,8 @@ import tensorflow as tf
 from kerasdefense import evaluation
 from kerasdefense.attacks import ATTACKS, FGSM, PGD, Attack, AttackResult, norms
 from kerasdefense.evaluation import SUITES, Options, PlannedAttack, ThreatModel
+from kerasdefense.evaluation.pool import Pool
+from kerasdefense.evaluation.search import Chunk, ExactPath, Search
 from kerasdefense.evaluation.suites import Suite
 from kerasdefense.types import InputError, UsageError
 
@@ -417,3 +419,36 @@ def test_failure_in_the_middle_keeps_the_file_of_an_earlier_evaluation(tmp_path)
     with pytest.raises(InputError):
         evaluate({"exact": linear}, make_batches(with_pixel(2), LABELS), LINEAR_SUITE[:1], chunk_size=4, save=save)
     assert save.read_bytes() == before and list(tmp_path.iterdir()) == [save]
+
+
+def test_attack_on_class_activation_features_leaves_those_of_its_own_image_and_is_skipped_without_them():
+    label = np.arange(10) % CLASSES
+    seen = []
+
+    def features(image):
+        tf.py_function(lambda each: seen.append(each.numpy()), [image], [])
+        return tf.reshape(image, [-1, 1, 1, 64])
+
+    batches, suite = make_batches(coded_images(label), label), SUITES["purified"].plan("linf", SHIFT, CLASSES)
+    cafa = next(planned for planned in suite if planned.name == "cafa")
+    paths = {"exact": read_class, "oblivious": read_class}
+    results = evaluation.evaluate(
+        paths,
+        batches,
+        ThreatModel("linf", SHIFT),
+        [PlannedAttack("fgsm", FGSM(epsilon=SHIFT)), cafa],
+        options=Options(chunk_size=4),
+        sanity_examples=0,
+        class_activation=features,
+    )
+    entries = [(each["name"], each["path"]) for each in results["attacks"]]
+    assert entries == [("fgsm", "exact"), ("fgsm", "oblivious"), ("cafa", "exact")]
+    assert results["flags"]["skipped"] == [] and results["attacks"][-1]["objective"] == "class_activation"
+    np.testing.assert_array_equal(np.concatenate(seen[:3])[:10], coded_images(label))  # what each is compared with
+    search = Search(cafa, "exact", read_class, stream=0, seed=0, chunk_size=4, class_activation=features)
+    block = Chunk(coded_images(label), label.astype(np.int32), np.arange(10, dtype=np.int32))
+    logits = read_class(block.image, None).numpy()
+    pool = Pool(search, block, logits, np.array([3, 7]), ExactPath(read_class, seed=0, chunk_size=4))
+    np.testing.assert_array_equal(pool._references(np.array([3, 7])).reshape(2, 8, 8, 1), block.image[[3, 7]])
+    without = evaluate(paths, batches, [PlannedAttack("fgsm", FGSM(epsilon=SHIFT)), cafa])
+    assert without["flags"]["skipped"] == ["cafa"] and len(without["attacks"]) == 2

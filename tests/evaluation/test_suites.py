@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from kerasdefense.attacks import APGD, ATTACKS, OBJECTIVES, PGD, norms
+from kerasdefense.attacks import APGD, ATTACKS, CAFA, OBJECTIVES, PGD, norms
 from kerasdefense.evaluation import SUITES, PlannedAttack
 from kerasdefense.evaluation.search import Search
 from kerasdefense.types import UsageError
@@ -78,7 +78,8 @@ def test_gap_runs_autoattack_besides_attacks_that_each_stand_alone():
         "margin",
     ]
     assert [planned.transfer for planned in alone.values()] == [False] * 4 + [True]
-    assert not any(planned.alone for name in SUITES if name != "gap" for planned in by_name(name).values())
+    others = set(SUITES) - {"gap", "purified"}
+    assert not any(planned.alone for name in others for planned in by_name(name).values())
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 10])
@@ -86,6 +87,22 @@ def test_gap_holds_all_that_autoattack_runs_on_so_many_classes(classes):
     gap, autoattack = by_name("gap", classes), by_name("autoattack", classes)
     assert {name: planned for name, planned in gap.items() if not planned.alone} == autoattack
     assert set(SUITES["gap"].checks) == set(SUITES["autoattack"].checks)
+
+
+def test_purified_runs_autoattack_through_the_purifier_and_past_it():
+    suite = by_name("purified")
+    assert list(suite) == ["pgd20", "apgd_ce", "apgd_t", "cafa", "fab_t", "square"] and SUITES["purified"].cascade
+    assert [planned.alone for planned in suite.values()] == [True] * 4 + [False] * 2
+    autoattack = by_name("autoattack")
+    assert all(suite[name].attack == planned.attack for name, planned in autoattack.items())
+    paths = ("exact", "bpda_identity", "oblivious", "signed", "surrogate:twin")
+    met = {name: [path for path in paths if planned.is_for(path)] for name, planned in suite.items()}
+    assert met["pgd20"] == met["apgd_ce"] == met["apgd_t"] == met["fab_t"] == list(paths[:3])
+    assert met["cafa"] == met["square"] == ["exact"]
+    cafa = suite["cafa"]
+    assert cafa.objective == "class_activation" and (cafa.attack.steps, cafa.attack.random_start) == (40, True)
+    assert cafa.attack.length == pytest.approx(0.01 * 0.1 / (8 / 255))
+    assert list(by_name("purified", 2))[:3] == ["pgd20", "apgd_ce", "apgd_margin"]
 
 
 def test_attack_meets_the_paths_that_it_is_made_for():
@@ -115,7 +132,15 @@ def test_too_few_classes_name_the_attack_that_is_replaced(suite, classes, name, 
     assert not any(each.replaces for each in by_name(suite).values())
 
 
-@pytest.mark.parametrize("objective", ["kl_divergence", "targeted_cross_entropy"])
+def test_search_on_class_activation_features_is_of_the_exact_path_alone():
+    planned = PlannedAttack("cafa", CAFA(epsilon=0.1), "class_activation")
+    settings = {"stream": 0, "seed": 0, "chunk_size": 4, "class_activation": lambda image: image}
+    assert Search(planned, "exact", lambda image, seed: image, **settings).keeps_its_own
+    with pytest.raises(UsageError, match="attack cafa:oblivious must maximise one of"):
+        Search(planned, "oblivious", lambda image, seed: image, **settings)
+
+
+@pytest.mark.parametrize("objective", ["kl_divergence", "targeted_cross_entropy", "class_activation"])
 def test_search_refuses_an_objective_that_needs_more_than_a_label(objective):
     planned = PlannedAttack("mine", PGD(epsilon=0.1), objective)
     with pytest.raises(UsageError, match=r"must maximise one of cross_entropy, .*margin, logit_matching, not"):

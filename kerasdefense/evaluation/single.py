@@ -1,0 +1,48 @@
+"""One attack by itself, taken to its last step on all images, as papers run it; no suite's economy, no worst case."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Optional
+
+import numpy as np
+import tensorflow as tf
+
+from kerasdefense.attacks import PGD, norms
+from kerasdefense.evaluation.search import Chunk, Search
+
+
+def attacked(search: Search, chunk: Chunk, rows: np.ndarray) -> np.ndarray:
+    """Return the images of a chunk, those of some rows after an attack: where it keeps its last iterate, that one.
+
+    Args:
+        search: of an iterative attack without targets of its own, as many images at a time as it has slots.
+        chunk: the images.
+        rows: int [n].
+    """
+    image_adv, attack = chunk.image.copy(), search.attack
+    for first in range(0, len(rows), search.slots):
+        part = rows[first : first + search.slots]
+        run, no_logits = np.zeros(len(part), np.int64), np.zeros([len(part), 0], np.float32)
+        reference = search.references(chunk.image[part], no_logits)
+        context = search.context(chunk.rows(part), no_logits, run, reference)
+        image = tf.constant(chunk.image[part])
+        state = search.start(image, context, run)
+        keeps_last = isinstance(attack, PGD)
+        for _ in range(attack.steps if keeps_last else attack.passes):
+            state = search.step(state, image, context)
+        image_adv[part] = (state.image if keeps_last else state.best.image).numpy()
+    return image_adv
+
+
+def median_l2(image_adv: np.ndarray, chunk: Chunk, rows: np.ndarray) -> Optional[float]:
+    """Return the median L2 norm of what was done to the images that `rows`, bool [n], marks; None if there are none."""
+    length = norms.length(tf.constant(image_adv - chunk.image), "l2").numpy()[rows]
+    return float(np.median(length)) if length.size else None
+
+
+def median_in_words(entry: Mapping[str, Any]) -> str:
+    """Return the `median_l2` of an attack's entry as people read it, "" where it has none."""
+    if "median_l2" not in entry:
+        return ""
+    return "none fooled" if entry["median_l2"] is None else f"{entry['median_l2']:.3g}"
