@@ -18,12 +18,8 @@ import tensorflow as tf
 from kerasdefense import config, data, evaluation, export, recognition
 from kerasdefense.attacks import norms
 from kerasdefense.data import Split, Splits
-<<<<<<< HEAD
-from kerasdefense.evaluation import Loaded, Options, ThreatModel, internals, nonadaptive
-from kerasdefense.evaluation.amplification import ERRORS, write_errors
-=======
 from kerasdefense.evaluation import Loaded, Options, ThreatModel, internals, nonadaptive, oblivious, preprocessing
->>>>>>> 70157cb15ab16e5ab1ef98df0e9430b75085d43b
+from kerasdefense.evaluation.amplification import ERRORS, write_errors
 from kerasdefense.evaluation.digests import of_file
 from kerasdefense.evaluation.figures import ARRAYS, PICTURE, Figures
 from kerasdefense.evaluation.html import choose_examples, write_report
