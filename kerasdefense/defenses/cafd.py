@@ -286,13 +286,20 @@ class CAFD(Defense):
 
     def _judged(self, image: tf.Tensor) -> tf.Tensor:
         """Return the critic's logits [batch], in training mode."""
-        return self.critic(image, training=True)[:, 0]
+        critic: Any = self.critic
+        return critic(image, training=True)[:, 0]
 
     def _terms(self, denoised: Any, clean: Any, image: tf.Tensor, target: tf.Tensor) -> dict[str, tf.Tensor]:
         """Return the terms of step 4 but the critic's, those of weight 0 left out."""
-        weights = {"lam_f": self.lam_f, "lam_w": self.lam_w}
-        how = {"weight_term": self.weight_term, "temperature": self.temperature}
-        terms = losses.class_activation_terms(denoised, clean, self._kernel, **weights, **how)
+        terms = losses.class_activation_terms(
+            denoised,
+            clean,
+            self._kernel,
+            lam_f=self.lam_f,
+            lam_w=self.lam_w,
+            weight_term=self.weight_term,
+            temperature=self.temperature,
+        )
         terms["pixel_loss"] = self.lam_p * _mean_square(image - target)
         return {name: each for name, each in terms.items() if name in self.terms}
 

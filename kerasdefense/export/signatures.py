@@ -6,7 +6,7 @@ They are made of core TensorFlow operations only, so that TF Serving loads them 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
+from typing import Any, Optional
 
 import tensorflow as tf
 
@@ -45,7 +45,8 @@ def serving_module(defense: Defense, labels: Sequence[str], reject: Optional[Rej
     Raises:
         InputError: not one label per class, or a model that images in files cannot feed.
     """
-    image_shape, purifier = _image_shape(defense, labels), defense.purifier()
+    image_shape = _image_shape(defense, labels)
+    purifier: Any = defense.purifier()
     of_images = tf.TensorSpec([None, *image_shape], tf.float32, "image")
 
     @tf.function(input_signature=[of_images])

@@ -156,7 +156,7 @@ def _of_weights(model: keras.Model) -> str:
 
 
 def _digest(rows: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(rows)).hexdigest()
+    return hashlib.sha256(rows.tobytes()).hexdigest()
 
 
 def _read(folder: Path, settings: Mapping[str, str]) -> Optional[list[str]]:

@@ -129,8 +129,8 @@ def _check_knows(classifier: keras.Model, splits: Splits) -> None:
     """Raise an InputError where a saved classifier gets no more validation images right than by chance."""
     batch = next(iter(splits.validation.batches(_KNOWN)))
     image, label = batch["image"], batch["label"].numpy()
-    shape, classes = tuple(splits.image_shape), len(splits.labels)
-    fitted = backbones.fitted(classifier, image_shape=shape, classes=classes)
+    classes = len(splits.labels)
+    fitted = backbones.fitted(classifier, image_shape=splits.image_shape, classes=classes)
     right = fitted(image, training=False)["logits"].numpy().argmax(axis=1) == label
     share = np.bincount(label, minlength=classes).max() / len(label)
     if stats.binomtest(int(right.sum()), len(label), share).pvalue > 0.01 or right.mean() < share:
