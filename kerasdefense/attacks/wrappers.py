@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Sequence
+from typing import Any, Callable, Optional
 
 import tensorflow as tf
 
@@ -18,7 +19,7 @@ def bpda(forward: ImageFn, backward: ImageFn = tf.identity) -> ImageFn:
 
     For a part of a defense whose own gradient is zero, undefined or random: quantisation, a JPEG codec, a long
     purifier. `backward` must come close to `forward`; the identity does only where the part hardly changes its input.
-    Where exact gradients exist, attack with them as well: these here can be far weaker.
+    Where exact gradients exist, attack with them as well: these here can be far weaker. Variables get no gradient.
 
     Args:
         forward: what is computed.
@@ -28,13 +29,14 @@ def bpda(forward: ImageFn, backward: ImageFn = tf.identity) -> ImageFn:
     """
 
     @tf.custom_gradient
-    def wrapped(image: tf.Tensor) -> tuple[tf.Tensor, ImageFn]:
+    def wrapped(image: tf.Tensor) -> tuple[tf.Tensor, Callable[..., Any]]:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(image)
             stand_in = backward(image)
 
-        def gradient(upstream: tf.Tensor) -> tf.Tensor:
-            return tape.gradient(stand_in, image, upstream, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        def gradient(upstream: tf.Tensor, variables: Optional[Sequence[tf.Variable]] = None) -> Any:
+            found = tape.gradient(stand_in, image, upstream, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+            return found if variables is None else (found, [None] * len(variables))
 
         return tf.stop_gradient(forward(image)), gradient
 
