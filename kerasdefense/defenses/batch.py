@@ -51,3 +51,18 @@ def unpack(data: Any, classes: int) -> Batch:
     ]
     with tf.control_dependencies([check for check in checks if check is not None]):
         return Batch(tf.identity(image), tf.identity(label), tf.cast(index, tf.int32))
+
+
+def is_labelled(data: Any) -> bool:
+    """Return whether a batch holds labels."""
+    if isinstance(data, Mapping):
+        return "label" in data
+    return keras.utils.unpack_x_y_sample_weight(data)[1] is not None
+
+
+def with_labels(data: Any) -> Any:
+    """Return a batch without labels with labels of no meaning."""
+    if isinstance(data, Mapping):
+        return {**data, "label": tf.zeros_like(data["index"])}
+    image, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+    return image, tf.zeros([tf.shape(image)[0]], tf.int32)

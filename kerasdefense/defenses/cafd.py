@@ -13,8 +13,9 @@ import tensorflow as tf
 from kerasdefense import backbones, config, losses
 from kerasdefense.attacks import FEATURE_DISTANCE, OBJECTIVES, PGD, seeds
 from kerasdefense.defenses import inside, teaching
+from kerasdefense.defenses.activation import ActivationFeatures
 from kerasdefense.defenses.base import Defense
-from kerasdefense.defenses.batch import Batch
+from kerasdefense.defenses.batch import Batch, is_labelled, with_labels
 from kerasdefense.defenses.descent import Terms
 from kerasdefense.defenses.preset import Preset
 from kerasdefense.defenses.purifying import purified_paths
@@ -156,8 +157,7 @@ class CAFD(Defense):
         self.legacy_cam, self.is_dynamic, self.clean_fraction = legacy_cam, dynamic, clean_fraction
         self.reset_each_epoch, self.coupled_decay = reset_each_epoch, coupled_decay
         self.denoiser_width, self.critic_width, self.legacy_stride = denoiser_width, critic_width, legacy_stride
-        self._layer = _layer_of_features(self.backbone, feature_layer)
-        self._pools_by_mean = backbones.pools_by_mean(self.backbone)
+        self._features = ActivationFeatures(self.backbone, feature_layer, released=legacy_cam)
         precision, l2 = backbones.precision_of(self.backbone), coupled_decay / 2
         self.denoiser = denoiser or backbones.with_precision(
             backbones.residual_unet(image_shape, width=denoiser_width, legacy_stride=legacy_stride, l2=l2),
@@ -261,7 +261,7 @@ class CAFD(Defense):
             return terms, logits
 
         logits = self.descend(forward, tape=tape)  # 4
-        return self.report(batch.label, adversarial=logits if _is_labelled(data) else None)
+        return self.report(batch.label, adversarial=logits if is_labelled(data) else None)
 
     def _attacked_images(self, data: Any, batch: Batch) -> tf.Tensor:
         """Return the attacked images of a batch, that came with it or are crafted now; some of them left clean."""
@@ -294,7 +294,7 @@ class CAFD(Defense):
         terms = losses.class_activation_terms(
             denoised,
             clean,
-            self._kernel,
+            self._features.kernel,
             lam_f=self.lam_f,
             lam_w=self.lam_w,
             weight_term=self.weight_term,
@@ -302,24 +302,6 @@ class CAFD(Defense):
         )
         terms["pixel_loss"] = self.lam_p * _mean_square(image - target)
         return {name: each for name, each in terms.items() if name in self.terms}
-
-    def _features(self, image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Return features float32 [batch, h, w, c] and logits [batch, classes] of images as they are."""
-        outputs = teaching.watched(self.backbone, self._layer)(image, training=False)
-        (watched,) = outputs["watched"]
-        features = watched if self._layer or self._pools_by_mean else outputs["embedding"][:, None, None, :]
-        return tf.cast(features, tf.float32), outputs["logits"]
-
-    @property
-    def _kernel(self) -> tf.Tensor:
-        """The kernel [c, classes] of the classifier's last layer."""
-        return backbones.last_kernel(self.backbone)
-
-    def _activation_features(self, image: tf.Tensor) -> tf.Tensor:
-        """Return what CAFA compares, [batch, h, w, c]."""
-        features, logits = self._features(image)
-        found = losses.class_activation_features(features, logits, self._kernel)
-        return losses.released_maps(found, self.backbone.input_shape[1:3]) if self.legacy_cam else found
 
     def craft(
         self, batch: Batch, attack: PGD, *, loss_fn: Optional[LossFn] = None, context: Context = None
@@ -338,9 +320,9 @@ class CAFD(Defense):
     def _goal(self, batch: Batch) -> tuple[LossFn, Context]:
         """Return the objective of step 1 and what it needs of each image."""
         if self.objective == FEATURE_DISTANCE:
-            reference = tf.stop_gradient(self._activation_features(batch.image))
+            reference = tf.stop_gradient(self._features.weighted(batch.image))
             context = {"reference": reference}
-            feature_fn = self._activation_features
+            feature_fn = self._features.weighted
             if self.is_dynamic:
                 return OBJECTIVES[FEATURE_DISTANCE](lambda image: feature_fn(self.denoised(image))), context
             return OBJECTIVES[FEATURE_DISTANCE](feature_fn), context
@@ -351,7 +333,7 @@ class CAFD(Defense):
 
     def unpack(self, data: Any) -> Batch:
         """Return the checked batch in `data`, which may lack labels: a dict without them, or images alone."""
-        return super().unpack(data if _is_labelled(data) else _with_labels(data))
+        return super().unpack(data if is_labelled(data) else with_labels(data))
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Measure `restoration`, the terms of step 4 but the critic's on attacked images, negative, beside accuracy.
@@ -365,7 +347,7 @@ class CAFD(Defense):
         self.means["restoration"].update_state(
             -tf.add_n(list(terms.values()) or [_mean_square(denoised - batch.image)])
         )
-        accuracies = super().test_step(data) if _is_labelled(data) else {}
+        accuracies = super().test_step(data) if is_labelled(data) else {}
         return {**accuracies, "restoration": self.means["restoration"].result()}
 
     def fit(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> keras.callbacks.History:
@@ -437,40 +419,6 @@ class CAFD(Defense):
 
 def _mean_square(difference: tf.Tensor) -> tf.Tensor:
     return tf.reduce_mean(tf.square(difference), axis=(1, 2, 3))
-
-
-def _is_labelled(data: Any) -> bool:
-    """Return whether a batch holds labels."""
-    if isinstance(data, Mapping):
-        return "label" in data
-    return keras.utils.unpack_x_y_sample_weight(data)[1] is not None
-
-
-def _with_labels(data: Any) -> Any:
-    """Return a batch without labels with labels of no meaning."""
-    if isinstance(data, Mapping):
-        return {**data, "label": tf.zeros_like(data["index"])}
-    image, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-    return image, tf.zeros([tf.shape(image)[0]], tf.int32)
-
-
-def _layer_of_features(classifier: keras.Model, layer: str) -> str:
-    """Return the name of the layer that `feature_layer` means; "" = what enters global pooling.
-
-    Raises:
-        UsageError: it has no such layer that gives a feature map of as many channels as its last layer weights.
-    """
-    if layer == "last_conv":
-        layer = [each.name for each in classifier.layers if isinstance(each, keras.layers.Conv2D)][-1]
-    if layer:
-        (features,) = teaching.watched(classifier, layer).output["watched"]
-        width = backbones.last_kernel(classifier).shape[0]
-        if features.shape[-1] != width:
-            raise UsageError(
-                f"layer {layer!r} of {classifier.name} has {features.shape[-1]} channels, but its last layer weights "
-                f"{width}; --defense_feature_layer must name one of as many"
-            )
-    return layer
 
 
 def _check(weights: Mapping[str, float], *, temperature: float, clean_fraction: float) -> None:
