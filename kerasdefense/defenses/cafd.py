@@ -157,7 +157,7 @@ class CAFD(Defense):
         self.legacy_cam, self.is_dynamic, self.clean_fraction = legacy_cam, dynamic, clean_fraction
         self.reset_each_epoch, self.coupled_decay = reset_each_epoch, coupled_decay
         self.denoiser_width, self.critic_width, self.legacy_stride = denoiser_width, critic_width, legacy_stride
-        self._features = ActivationFeatures(self.backbone, feature_layer, released=legacy_cam)
+        self.features = ActivationFeatures(self.backbone, feature_layer, released=legacy_cam)
         precision, l2 = backbones.precision_of(self.backbone), coupled_decay / 2
         self.denoiser = denoiser or backbones.with_precision(
             backbones.residual_unet(image_shape, width=denoiser_width, legacy_stride=legacy_stride, l2=l2),
@@ -237,7 +237,7 @@ class CAFD(Defense):
         """Take one step of the algorithm in the class docstring."""
         batch = self.unpack(data)
         image_adv = self._attacked_images(data, batch)  # 1
-        clean = self._features(batch.image)
+        clean = self.features(batch.image)
         tape = None if self.awp_gamma else tf.GradientTape()  # perturbed weights take a pass of their own
 
         def denoise() -> tf.Tensor:
@@ -253,7 +253,7 @@ class CAFD(Defense):
 
         def forward() -> tuple[Terms, Any]:
             image = denoise() if tape is None else denoised
-            features, logits = self._features(image)
+            features, logits = self.features(image)
             terms = self._terms((features, logits), clean, image, batch.image)
             if self.critic is not None:
                 judged = [self._judged(each) for each in (batch.image, image)]
@@ -294,7 +294,7 @@ class CAFD(Defense):
         terms = losses.class_activation_terms(
             denoised,
             clean,
-            self._features.kernel,
+            self.features.kernel,
             lam_f=self.lam_f,
             lam_w=self.lam_w,
             weight_term=self.weight_term,
@@ -320,9 +320,9 @@ class CAFD(Defense):
     def _goal(self, batch: Batch) -> tuple[LossFn, Context]:
         """Return the objective of step 1 and what it needs of each image."""
         if self.objective == FEATURE_DISTANCE:
-            reference = tf.stop_gradient(self._features.weighted(batch.image))
+            reference = tf.stop_gradient(self.features.weighted(batch.image))
             context = {"reference": reference}
-            feature_fn = self._features.weighted
+            feature_fn = self.features.weighted
             if self.is_dynamic:
                 return OBJECTIVES[FEATURE_DISTANCE](lambda image: feature_fn(self.denoised(image))), context
             return OBJECTIVES[FEATURE_DISTANCE](feature_fn), context
@@ -343,7 +343,7 @@ class CAFD(Defense):
         batch = self.unpack(data)
         image_adv = self.craft_before(batch)
         denoised = image_adv + self.denoiser(image_adv, training=False)
-        terms = self._terms(self._features(denoised), self._features(batch.image), denoised, batch.image)
+        terms = self._terms(self.features(denoised), self.features(batch.image), denoised, batch.image)
         self.means["restoration"].update_state(
             -tf.add_n(list(terms.values()) or [_mean_square(denoised - batch.image)])
         )
