@@ -28,6 +28,7 @@ IMAGES = 300
 # Counts alone: the model, its attack and its losses stay as they are configured.
 FEW = [
     "--train_epochs=1",
+    "--defense_classifier_epochs=0",
     "--defense_teacher_epochs=0",
     "--train_steps_per_epoch=1",
     "--train_batch_size=4",
@@ -43,7 +44,7 @@ FEW = [
     "--noprogress",
 ]
 
-FROM_SCRATCH = ["--backbone_path=", "--defense_teacher="]
+FROM_SCRATCH = ["--backbone_path=", "--defense_teacher=", "--defense_classifier=", "--defense_crafted="]
 """In place of models that other configurations train."""
 
 every_config = pytest.mark.parametrize("flagfile", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -13,12 +13,14 @@ from kerasdefense import config
 from kerasdefense.backbones import (
     BACKBONES,
     blocks,
+    bottleneck_resnet,
     build,
     cifar_resnet,
     denoising_places,
     plain_copy,
     resnet18,
     small_cnn,
+    vgg19,
     wide_resnet,
     with_precision,
 )
@@ -30,6 +32,11 @@ CLASSES = 4
 WIDE = ("wide_resnet", "dfa_wide_resnet")
 SETTINGS = {name: {"width": 2} for name in BACKBONES} | {name: {"width": 1, "depth": 10} for name in WIDE}
 BLOCKS = {"resnet8": 1, "resnet14": 2, "resnet20": 3, "resnet18": 2}
+BOTTLENECK = {"cafd_resnet50": (3, 4, 6), "resnet50": (3, 4, 6, 3)}
+"""Blocks per stage of backbones whose blocks are bottlenecks."""
+HALVED = {"resnet18": 3, "osdn_resnet18": 3, "resnet50": 3, "vgg19": 4}
+"""How often a backbone halves the side of its images, where that is not twice."""
+BIASED = ("dfa_wide_resnet", "vgg19")
 DENOISING = {name: name.removeprefix("osdn_") for name in BACKBONES if name.startswith("osdn_")}
 """Backbones whose embedding is a dense layer on the mean of the feature map, by the name of their trunk."""
 
@@ -73,6 +80,27 @@ def wide_resnet_size(channels, width, *, depth):
     return kernels, normalised
 
 
+def bottleneck_size(channels, width, *, blocks_per_stage):
+    kernels, normalised, narrow = 9 * channels * width, width, width
+    for stage, count in enumerate(blocks_per_stage):
+        inside = 2**stage * width
+        kernels += 4 * narrow * inside + (narrow + (count - 1) * 4 * inside) * inside + count * 13 * inside**2
+        normalised += 4 * inside + count * 6 * inside
+        narrow = 4 * inside
+    return kernels, normalised
+
+
+def vgg_size(channels, width):
+    """Kernel values with their biases, and channels that are batch-normalised."""
+    kernels, normalised, narrow = 0, 0, channels
+    for multiple, convolutions in ((1, 2), (2, 2), (4, 4), (8, 4), (8, 4)):
+        wide = multiple * width
+        kernels += 9 * narrow * wide + (convolutions - 1) * 9 * wide**2 + convolutions * wide
+        normalised += convolutions * wide
+        narrow = wide
+    return kernels, normalised
+
+
 def denoising_size(channels, width, *, stages, blocks_per_stage):
     """Beside the trunk: its blocks, whose narrow MLP has one unit and biases, and the dense layer of the embedding."""
     kernels, normalised = resnet_size(channels, width, stages=stages, blocks_per_stage=blocks_per_stage)
@@ -92,6 +120,11 @@ def size(name, channels):
         kernels, normalised = wide_resnet_size(channels, 1, depth=10)
         biases = 16 + 2 * 16 + 3 * 32 + 3 * 64  # of the stem, then of each stage, with a shortcut where it widens
         return kernels + (biases if name == "dfa_wide_resnet" else 0), normalised, 64
+    if name in BOTTLENECK:
+        count = BOTTLENECK[name]
+        return *bottleneck_size(channels, 2, blocks_per_stage=count), 8 * 2 ** (len(count) - 1)
+    if name == "vgg19":
+        return *vgg_size(channels, 2), 8 * 2
     stages = 4 if name.endswith("resnet18") else 3
     if name in DENOISING:
         return *denoising_size(channels, 2, stages=stages, blocks_per_stage=BLOCKS[DENOISING[name]]), 8 * 2
@@ -115,6 +148,9 @@ def test_parameter_count_is_the_closed_form(name):
         (functools.partial(cifar_resnet, depth=20), 272_474),
         (resnet18, 11_173_962),
         (functools.partial(wide_resnet, depth=28, width=10), 36_479_194),
+        (vgg19, 20_040_522),
+        (functools.partial(bottleneck_resnet, blocks_per_stage=(3, 4, 6, 3)), 23_520_842),
+        (functools.partial(bottleneck_resnet, blocks_per_stage=(3, 4, 6), width=16), 542_106),
     ],
 )
 def test_parameter_count_is_the_published_one(make, parameters):
@@ -130,7 +166,7 @@ def test_parameter_count_is_the_published_one(make, parameters):
 def test_backbone_has_the_named_outputs(name, image_shape):
     model = narrow(name, image_shape)
     side, width = image_shape[0], size(name, channels=1)[-1]
-    side = -(-side // 8) if name.endswith("resnet18") else -(-side // 4)
+    side = -(-side // 2 ** HALVED.get(name, 2))
     assert model.input_shape == (None, *image_shape)
     assert model.inputs[0].name == "image"
     assert model.output_shape == {
@@ -157,10 +193,10 @@ def test_embedding_is_of_the_mean_of_the_feature_map_and_logits_its_affine_map(n
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_convolutions_have_no_bias_but_those_of_dfa_and_batch_normalisation_is_fused(name):
+def test_convolutions_have_no_bias_but_those_of_dfa_and_vgg_and_batch_normalisation_is_fused(name):
     layers = narrow(name, (8, 8, 1)).layers
     biased = {layer.use_bias for layer in layers if isinstance(layer, keras.layers.Conv2D)}
-    assert biased == {name == "dfa_wide_resnet"}
+    assert biased == {name in BIASED}
     batch_normalisations = [each for each in layers if isinstance(each, keras.layers.BatchNormalization)]
     assert batch_normalisations
     for layer in batch_normalisations:

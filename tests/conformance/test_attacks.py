@@ -32,6 +32,7 @@ class Case:
 CASES = {
     "apgd": Case(settings={"steps": 4, "restarts": 2}),
     "bim": Case(settings={"steps": 3}),
+    "cafa": Case(settings={"steps": 3, "step_size": None}),
     "cleverhans_cw_l2": Case(("l2",), {"steps": 20}),
     "cleverhans_fgm": Case(),
     "cleverhans_mim": Case(settings={"steps": 3}),

@@ -11,6 +11,7 @@ from kerasdefense.training import fitting
 
 HEADS = {"dfa": "orthogonal", "dfa_at": "orthogonal"}
 """Defenses whose classes are frozen axes."""
+SETTINGS = {"cafd": {"denoiser_width": 2, "critic_width": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def test_resume_goes_on_bit_for_bit(name, splits, tmp_path, monkeypatch):
     run = config.Run(
         backbone=config.Backbone(name="small_cnn", width=4, head=HEADS.get(name, "dense")),
         attack=config.Attack(epsilon=0.1, steps=1),
-        defense=config.Defense(name=name, awp_gamma=0.01),
+        defense=config.Defense(name=name, awp_gamma=0.01, **SETTINGS.get(name, {})),
         train=config.Train(
             epochs=3, steps_per_epoch=4, validate_every=3, validation_steps=1, ema_decay=0.8, strategy="none"
         ),
@@ -42,6 +43,7 @@ def test_resume_goes_on_bit_for_bit(name, splits, tmp_path, monkeypatch):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     resumed = training.train(run, splits, tmp_path / "killed")
     assert resumed.is_new and len(resumed.selection.history) == 3
-    assert len({id(optimizer) for optimizer, _ in resumed.defense.optimizers()}) == (2 if name == "osdn_caml" else 1)
+    optimizers = {id(optimizer) for optimizer, _ in resumed.defense.optimizers()}
+    assert len(optimizers) == (2 if name in ("cafd", "osdn_caml") else 1)
     for one, two in zip(variables(whole.defense), variables(resumed.defense), strict=True):
         np.testing.assert_array_equal(one, two)

@@ -1,5 +1,7 @@
 """Example pictures in TensorBoard's files."""
 
+import dataclasses
+
 import numpy as np
 import tensorflow as tf
 from matplotlib import colormaps
@@ -78,3 +80,26 @@ def test_where_networks_look_is_shown_and_kept_in_the_run_directory(digits, smal
         np.testing.assert_allclose(shown.astype(int), found, atol=1)
         assert event.step == 2
     assert np.abs(teacher - student).max() > 20
+
+
+def test_denoised_images_and_what_changed_are_kept_in_the_run_directory(digits, small_run, tmp_path):
+    run = small_run(defense="cafd")
+    run = dataclasses.replace(run, defense=dataclasses.replace(run.defense, denoiser_width=1, critic_width=1))
+    defense = training.build(run, digits)
+    defense.denoiser.get_layer("residual").bias.assign([0.05])
+    pictures = Pictures(tmp_path / "tensorboard", digits.validation)
+    pictures.set_model(defense)
+    pictures.on_train_begin()
+    pictures.on_epoch_end(0, {"val_restoration": -0.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard/pictures"), size_guidance={"tensors": 0}).Reload()
+    assert {"clean", "adversarial", "perturbation", "denoised", "residual"} <= set(events.Tags()["tensors"])
+    kept = tf.io.decode_png((tmp_path / "reconstructions.png").read_bytes()).numpy()
+    assert kept.shape == (4 * SHOWN_SIDE, COUNT * SHOWN_SIDE, 1)
+    kept = kept[:: SHOWN_SIDE // 8, :: SHOWN_SIDE // 8]
+    clean, attacked, denoised, residual = np.split(kept / 255, 4)
+    np.testing.assert_allclose(clean, np.concatenate(list(pictures.batch["image"]), axis=1), atol=1 / 255)
+    expected = np.concatenate(list(defense.craft_before(defense.unpack(pictures.batch))), axis=1)
+    np.testing.assert_allclose(attacked, expected, atol=1 / 255)
+    np.testing.assert_allclose(denoised, np.clip(expected + 0.05, 0, 1), atol=1 / 255)
+    np.testing.assert_allclose(residual, 0.5 + (np.clip(expected + 0.05, 0, 1) - expected) / 0.2, atol=1 / 255)
+    assert 0 < np.abs(attacked - clean).max() <= 0.1 + 2 / 255
