@@ -473,11 +473,11 @@ def pgd(defense, epsilon, path="exact"):
 # CAFD 16: the attack goes farther than its start, and farther with more steps and a larger radius
 def test_attack_raises_the_distance_of_features_with_steps_and_radius(before):
     batch = batch_of(HELD_OUT)
-    clean = before._activation_features(batch.image).numpy()
+    clean = before.features.weighted(batch.image).numpy()
 
     def distance(epsilon, steps):
         attack = CAFA(epsilon=epsilon, steps=steps, step_size=epsilon / 4)
-        features = before._activation_features(before.craft(batch, attack)).numpy()
+        features = before.features.weighted(before.craft(batch, attack)).numpy()
         return np.sqrt(((features - clean) ** 2).sum(axis=(1, 2, 3))).mean()
 
     by_steps = [distance(STRENGTH, steps) for steps in (0, 2, 8)]
@@ -575,7 +575,7 @@ def test_features_of_a_classifier_that_does_not_pool_by_the_mean_are_its_embeddi
     hidden = keras.layers.Dense(6)(keras.layers.GlobalMaxPooling2D()(feature_map))
     model = keras.Model(image, keras.layers.Dense(CLASSES)(hidden))
     own = backbones.as_backbone(model, logits_layer=model.layers[-1].name)
-    features, logits = make(backbone=own)._features(tf.constant(make_data()["image"]))
+    features, logits = make(backbone=own).features(tf.constant(make_data()["image"]))
     outputs = own(make_data()["image"])
     np.testing.assert_allclose(features, outputs["embedding"][:, None, None, :], atol=1e-6)
     np.testing.assert_allclose(logits, outputs["logits"], atol=1e-6)

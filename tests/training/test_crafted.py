@@ -337,7 +337,7 @@ def test_classifier_with_two_dense_layers_is_taken_where_the_last_is_named(few, 
     (defense,) = begun
     image = images_of(few)[:20]
     np.testing.assert_allclose(tf.nn.softmax(defense(image)), model(image), atol=1e-6)
-    features, _ = defense._features(tf.constant(image))
+    features, _ = defense.features(tf.constant(image))
     assert features.shape == (20, 1, 1, 16)  # what enters the last layer
 
 
