@@ -376,7 +376,6 @@ def test_kernels_of_denoiser_and_critic_decay_in_their_gradients():
                 np.testing.assert_allclose(gradient, 0.5 * variable, rtol=1e-5)
             else:
                 assert gradient is None
-    assert not CAFD(untrained(), attack=TWO_STEPS, coupled_decay=0.0, **SMALL).losses
 
 
 def test_pictures_are_denoised_images_and_what_changed(still):
@@ -397,7 +396,7 @@ def test_internals_are_errors_layer_by_layer_with_and_without_the_denoiser(still
     assert names[0] == "error_00_image" and names[-1].endswith("feature_map") and len(names) == 6
     for each in found.values():
         assert each.shape == (BATCH,) and (each > 0).numpy().all() and np.isfinite(each).all()
-    untouched = CAFD(untrained(), attack=TWO_STEPS, **SMALL).internals(batch, batch.image, TWO_STEPS, 0)
+    untouched = make(denoiser=small_denoiser(stddev=0)).internals(batch, batch.image, TWO_STEPS, 0)
     for name in names:
         np.testing.assert_allclose(untouched[name], found[f"undenoised_{name}"], rtol=1e-4)
 
@@ -436,7 +435,9 @@ def purified(natural, epochs=0):
     attack = CAFA(epsilon=STRENGTH, steps=8, step_size=STRENGTH / 4)
     keras.utils.set_random_seed(4)
     denoiser = small_denoiser(8, stddev=0)
-    defense = make(keras.optimizers.Adam(0.01), attack, natural, denoiser=denoiser, lam_f=1e3)
+    weak = PGD(epsilon=STRENGTH, steps=1, keep="last")  # of no interest here
+    settings = {"denoiser": denoiser, "lam_f": 1e3, "validation_attack": weak}
+    defense = make(keras.optimizers.Adam(0.01), attack, natural, **settings)
     if epochs:
         data = {**TRAINING, IMAGE_ADV: defense.craft_before(batch_of(TRAINING))}
         defense.fit(tf.data.Dataset.from_tensor_slices(data).batch(16), epochs=epochs, verbose=0)
@@ -522,8 +523,9 @@ def test_attacks_that_know_of_the_denoiser_are_stronger_and_large_ones_always_su
 
 def build(steps=0, step_size=0.0, name="pgd", objective="", **flags):
     attack = config.Attack(name=name, epsilon=8 / 255, steps=steps, step_size=step_size, objective=objective)
-    own = config.Defense(name="cafd", **{**SMALL, **flags})
-    return defenses.build(config.Run(attack=attack, defense=own), untrained())
+    run = config.Run(attack=attack, defense=config.Defense(name="cafd", **flags))
+    small = {"denoiser": small_denoiser(), "critic": small_critic()}
+    return defenses.build(run, untrained(), stages={} if "denoiser_width" in flags else small)
 
 
 def test_attack_of_a_run_is_cafa_unless_another_is_asked_for():
@@ -534,11 +536,11 @@ def test_attack_of_a_run_is_cafa_unless_another_is_asked_for():
 
 
 def test_released_preset_sets_what_the_authors_code_does():
-    found = build(preset="released")
+    found = build(preset="released", **SMALL)
     assert (found.weight_term, found.feature_layer, found.attack.steps) == ("hard", "last_conv", 100)
     assert found.legacy_cam and found.legacy_stride and found.reset_each_epoch
     assert found.denoiser.get_layer("up1_1_conv").strides == (2, 2)
-    recommended = build()
+    recommended = build(**SMALL)
     assert (recommended.lam_f, recommended.lam_w, recommended.lam_a, recommended.lam_p) == (1e3, 1e-3, 5e-3, 0)
     assert (recommended.weight_term, recommended.feature_layer, recommended.attack.steps) == ("soft", "", 40)
     assert recommended.denoiser.get_layer("up1_1_conv").strides == (1, 1)

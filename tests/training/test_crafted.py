@@ -21,14 +21,26 @@ from kerasdefense.training.crafted import IMAGES, STATE, make_crafted, with_own_
 from kerasdefense.training.strategy import make_strategy
 from kerasdefense.types import InputError, UsageError
 
-SMALL = {"name": "cafd", "denoiser_width": 1, "critic_width": 1}
 BLOCK = 64
 
 
+def small_denoiser(image_shape, **kwargs):
+    image = keras.Input(image_shape, name="image")
+    return keras.Model(image, keras.layers.Conv2D(1, 1, kernel_initializer="zeros", name="residual")(image))
+
+
+def small_critic(image_shape, **kwargs):
+    image = keras.Input(image_shape, name="image")
+    return keras.Model(image, keras.layers.Dense(1, name="critic_logit")(keras.layers.Flatten()(image)))
+
+
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
+def small(monkeypatch):
+    """Have few images in a block, and networks that are compiled in a moment."""
     monkeypatch.setattr(crafted, "_BLOCK", BLOCK)
     monkeypatch.setattr(fitting, "_displays", lambda *given: [])
+    monkeypatch.setattr(backbones, "residual_unet", small_denoiser)
+    monkeypatch.setattr(backbones, "critic", small_critic)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +63,7 @@ def make_run(small_run):
             **(train or {}),
         }
         run = small_run(attack=attack, **settings_of_train)
-        return dataclasses.replace(run, defense=config.Defense(**{**SMALL, **settings}))
+        return dataclasses.replace(run, defense=config.Defense(**{"name": "cafd", **settings}))
 
     return make
 
@@ -62,10 +74,8 @@ def defense_of(shift=0.0, **settings):
     backbone = backbones.small_cnn((8, 8, 1), 10, width=2)
     bias = backbone.get_layer("logits").bias
     bias.assign(bias + shift)
-    image = keras.Input((8, 8, 1))
-    denoiser = keras.Model(image, keras.layers.Conv2D(1, 1)(image))
     attack = PGD(epsilon=0.1, steps=1, keep="last")
-    return CAFD(backbone, attack=attack, denoiser=denoiser, lam_a=0.0, **settings)
+    return CAFD(backbone, attack=attack, lam_a=0.0, **settings)
 
 
 def craft(run, splits, folder, defense=None):
@@ -262,17 +272,17 @@ def own_classifier(scale=1.0, softmax=True, two_dense=False, side=8):
 
 
 @pytest.fixture(scope="module")
-def saved(few, tmp_path_factory):
+def saved(digits, tmp_path_factory):
     """Return a function that saves such a classifier, trained for a moment, and gives its path and itself."""
-    folder, image, label = tmp_path_factory.mktemp("saved"), images_of(few), few.train.label[few.train.index]
+    folder, image, label = tmp_path_factory.mktemp("saved"), images_of(digits), digits.train.label[digits.train.index]
     found = {}
 
     def save(name, scale=1.0, side=8, **settings):
         if name not in found:
             model = own_classifier(scale=scale, side=side, **settings)
             if side == 8:
-                model.compile(keras.optimizers.Adam(0.02), "sparse_categorical_crossentropy")
-                model.fit(scale * image, label, epochs=12, verbose=0)
+                model.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy")
+                model.fit(scale * image, label, epochs=3, verbose=0)
             model.save(folder / f"{name}.keras")
             found[name] = (str(folder / f"{name}.keras"), model)
         return found[name]
@@ -372,7 +382,7 @@ def test_classifier_of_other_images_is_refused(few, make_run, saved, begun, tmp_
         ),
         ({"weight_term": "firm"}, UsageError, "weight_term must be one of soft, hard, joint"),
         ({"crafted_examples": 5}, UsageError, "--defense_crafted_examples=5 must be 0"),
-        ({"name": "pgd_at", "crafted": "x"}, UsageError, "--defense_crafted is no setting of pgd_at; .* one of: cafd"),
+        ({"name": "pgd_at", "crafted": "x"}, UsageError, "--defense_crafted and .* are for images attacked bef"),
     ],
 )
 def test_what_cannot_train_is_refused_before_the_classifier_is_trained(
