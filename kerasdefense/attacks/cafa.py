@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Optional
+from typing import ClassVar
 
 import keras
 
@@ -27,7 +27,7 @@ class CAFA(PGD):
 
     Attributes:
         steps: gradient steps, 100 in the authors' code.
-        step_size: length of a step in image units.
+        step_size: length of a step in image units; None = 0.01 in a ball of 8/255, and as much of any other radius.
         random_start: always true: at the clean image the gradient is zero, and no step would ever be taken.
 
     Source: the code released with CAFD (Zhou et al. 2021, ICCV; arXiv 2104.09197). Deviations: theirs compares features
@@ -36,7 +36,6 @@ class CAFA(PGD):
     """
 
     steps: int = 40
-    step_size: Optional[float] = 0.01
     keep: str = "last"
 
     fewest_steps: ClassVar[int] = 0
@@ -46,3 +45,8 @@ class CAFA(PGD):
         super().__post_init__()
         if not self.random_start:
             raise UsageError("cafa needs a random start: at the clean image the gradient of its distance is zero")
+
+    @property
+    def length(self) -> float:
+        """The length of a step."""
+        return self.step_size if self.step_size is not None else 0.01 * self.epsilon / (8 / 255)

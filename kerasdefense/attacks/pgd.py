@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, Optional
+from typing import Any, Callable, ClassVar, Optional
 
 import keras
 import tensorflow as tf
@@ -19,6 +19,9 @@ from kerasdefense.attacks import norms
 from kerasdefense.attacks.base import AttackResult
 from kerasdefense.attacks.iterative import Iterative, Point, better, nothing_tried
 from kerasdefense.types import Context, LossFn, SuccessFn, UsageError
+
+_UNROLLED = 10
+"""Steps that are put into a graph one after the other, which runs a little faster and is traced more slowly."""
 
 
 @keras.saving.register_keras_serializable(package="kerasdefense")
@@ -92,11 +95,25 @@ class PGD(Iterative):
         results = []
         for restart in range(self.restarts):
             state = self.start(image, self.restart_seed(seed, restart))
-            for _ in range(self.steps):
-                state = self.step(loss_fn, state, image, context, success_fn)
+            state = self._walked(lambda each: self.step(loss_fn, each, image, context, success_fn), state)
             results.append(self.finish(loss_fn, state, context, success_fn))
         best: AttackResult = functools.reduce(lambda first, second: better(first, second), results)
         return AttackResult(*map(tf.stop_gradient, best))
+
+    def _walked(self, step: Callable[[Any], Any], state: Any) -> Any:
+        """Return the state after all steps: each in the graph, or where they are many, in a loop that is traced once."""
+        if self.steps <= _UNROLLED:
+            for _ in range(self.steps):
+                state = step(state)
+            return state
+
+        def advance(number: tf.Tensor, state: Any) -> tuple[tf.Tensor, Any]:
+            # A model behind `tf.numpy_function`, say, forgets how many images it was given.
+            return number + 1, tf.nest.map_structure(
+                lambda new, old: tf.ensure_shape(new, old.shape), step(state), state
+            )
+
+        return tf.while_loop(lambda number, _: number < self.steps, advance, (tf.constant(0), state))[1]
 
     def scaled(self, share: tf.Tensor) -> PGD:
         """Return the attack with radius and step times `share`, a scalar tensor above 0: for use inside one graph."""

@@ -36,7 +36,7 @@ from kerasdefense.evaluation.models import Loaded
 from kerasdefense.evaluation.report import accuracy_interval, radius
 from kerasdefense.evaluation.search import Chunk, ExactPath, Search
 from kerasdefense.evaluation.single import attacked, median_in_words, median_l2
-from kerasdefense.evaluation.suites import SUITES, PlannedAttack, ThreatModel, released_step
+from kerasdefense.evaluation.suites import SUITES, PlannedAttack, ThreatModel
 from kerasdefense.types import PathFn, look_up
 
 WORDS = (
@@ -186,7 +186,7 @@ class _Crafter:
 
     def _attack(self, name: str) -> Union[Attack, StAdv]:
         norm, epsilon = self._threat_model
-        anywhere, step = math.sqrt(math.prod(self._chunk.image.shape[1:])), released_step(epsilon)
+        anywhere, step = math.sqrt(math.prod(self._chunk.image.shape[1:])), CAFA(norm, epsilon).length
         steps: dict[str, Any] = {"steps": 40, "step_size": step, "keep": "last"}
         if name == "cw_l2":
             return CarliniWagner("l2", anywhere, steps=100, searches=4, constant=1.0, learning_rate=0.01, kappa=1.0)

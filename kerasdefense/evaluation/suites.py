@@ -220,18 +220,12 @@ def _gap(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
     return (*(each._replace(alone=True) for each in each_alone), *_autoattack(norm, epsilon, classes))
 
 
-def released_step(epsilon: float) -> float:
-    """Return the step of the attacks released with CAFD: 0.01 at a radius of 8/255, and as much of any other radius."""
-    return 0.01 * epsilon / (8 / 255)
-
-
 def _purified(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
-    cafa = CAFA(norm, epsilon, step_size=released_step(epsilon))
     each_alone = (
         PlannedAttack("pgd20", PGD(norm, epsilon, steps=20)),
         _apgd_ce(norm, epsilon),
         _apgd_t(norm, epsilon, classes),
-        PlannedAttack("cafa", cafa, FEATURE_DISTANCE, path=EXACT),
+        PlannedAttack("cafa", CAFA(norm, epsilon), FEATURE_DISTANCE, path=EXACT),
     )
     return (
         *(each._replace(alone=True) for each in each_alone),

@@ -62,7 +62,7 @@ def card(
             "preset": run.defense.preset,
             "deviations": _deviations(look_up(DEFENSES, run.defense.name, "defense"), run.defense.awp_gamma),
         },
-        "backbone": Path(run.backbone.path).name or run.backbone.name,
+        "backbone": Path(run.defense.classifier).name or Path(run.backbone.path).name or run.backbone.name,
         "figures": measured,
         "rejection": None if reject is None else reject.described(),
         "config": dataclasses.asdict(_without_places(run)),
@@ -106,6 +106,8 @@ def _gap(measured: Mapping[str, Any]) -> list[str]:
     ):
         return []
     alone = attacks["pgd20"]["accuracy"]
+    if alone - robust["value"] < 0.5 / clean["n"]:  # not one image
+        return []
     return [
         f"PGD-20 alone leaves {100 * alone:.1f} %, and so flatters the model: all attacks together, AutoAttack among "
         f"them, leave {100 * (alone - robust['value']):.1f} points less."
@@ -139,10 +141,10 @@ def figures(results: Mapping[str, Any]) -> dict[str, Any]:
     """Return what was measured, and all that one must know to read it."""
     taken = ("attack_budget", "clean_accuracy", "robust_accuracy", "rounded_accuracy", "suite", "note", "seed")
     judged = ("threat_model", "cascade", "complete", "trusted")
-    of_attack = ("name", "path", "accuracy", "cascaded_accuracy", "ci95", "attacked")
+    of_attack = ("name", "path", "accuracy", "cascaded_accuracy", "ci95", "attacked", "alone")
     return {
         **{key: results[key] for key in (*taken, *judged)},
-        "attacks": [{key: attack[key] for key in of_attack} for attack in results["attacks"]],
+        "attacks": [{key: attack[key] for key in of_attack if key in attack} for attack in results["attacks"]],
         "sanity": {item["id"]: item["status"] for item in results["sanity"]},
         "open_set": results.get("open_set"),
         "model_digest": results["model"]["digest"],

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -98,7 +99,7 @@ def _write(module: tf.Module, path: Path, labels: Sequence[str]) -> None:
 
 
 def _compare(defense: Defense, reject: Optional[RejectOption], path: Path) -> None:
-    """Raise an InputError unless the SavedModel at `path` gives the defense's logits and scores on random images."""
+    """Raise an InputError unless what is at `path` gives the defense's logits, scores and images on random images."""
     shape = defense.backbone.input_shape[1:]
     image = tf.constant(np.random.default_rng(0).random((4, *shape), np.float32))
     answers = tf.saved_model.load(str(path)).signatures["serving_default"](image=image)
@@ -108,6 +109,13 @@ def _compare(defense: Defense, reject: Optional[RejectOption], path: Path) -> No
     if getattr(defense, "is_randomized", False):
         return
     _check_close(found, tf.cast(defense(image, training=False), tf.float32).numpy(), "logits")
+    purifier = defense.purifier()
+    if purifier is not None:
+        expected = purifier(image, training=False).numpy()
+        denoised = tf.saved_model.load(str(path)).signatures[DENOISE](image=image)["image_denoised"]
+        _check_close(denoised.numpy(), expected, "denoised images")
+        alone = keras.models.load_model(path / DENOISER, compile=False)
+        _check_close(alone(image, training=False).numpy(), expected, f"the images of {DENOISER}")
     if reject is not None:
         score = reject.detector.score_image(defense.activations, tf.constant(image)).numpy()
         _check_close(answers["anomaly_score"].numpy(), score, "anomaly scores")

@@ -43,13 +43,13 @@ def class_activation_features(feature_map: tf.Tensor, logits: tf.Tensor, kernel:
     return tf.cast(feature_map, tf.float32) * winning_weights(logits, kernel)[:, None, None, :]
 
 
-def features_of(activations: Activations, kernel: tf.Tensor, *, layer: str = "feature_map") -> tf.Tensor:
+def features_of(activations: Activations, kernel: tf.Tensor) -> tf.Tensor:
     """Return the features [batch, h, w, c] in the outputs of a classifier that `kernel` [c, classes] weights.
 
-    Those of the output `layer`; where they are not in the outputs, or other layers stand between them and the kernel,
-    what enters the last layer, as a map of one place.
+    Its feature map; where that is not among the outputs, or has not c channels, what enters the last layer, as a map of
+    one place.
     """
-    found = activations.get(layer)
+    found = activations.get("feature_map")
     if found is None or found.shape[-1] != kernel.shape[0]:
         found = activations["embedding"][:, None, None, :]
     return tf.cast(found, tf.float32)
