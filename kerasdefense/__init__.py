@@ -10,7 +10,7 @@ if sys.argv[:1] == [
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.filterwarnings("ignore", category=FutureWarning, module="google")
 
-from kerasdefense.attacks import APGD, FAB, FGSM, FGSMRS, PGD, AttackResult, Square
+from kerasdefense.attacks import APGD, CAFA, FAB, FGSM, FGSMRS, PGD, AttackResult, Square
 from kerasdefense.backbones import as_backbone
 from kerasdefense.config import Run
 from kerasdefense.defenses import (
@@ -33,6 +33,7 @@ from kerasdefense.types import InputError, UsageError
 __all__ = [
     "AGKDBML",
     "APGD",
+    "CAFA",
     "CAFD",
     "DFA",
     "FAB",

@@ -22,7 +22,7 @@ from kerasdefense.assess import ADVERSARIAL, RESULTS
 from kerasdefense.data import Splits
 from kerasdefense.defenses import DEFENSES, Defense
 from kerasdefense.evaluation import internals, nonadaptive, oblivious, open_set, preprocessing
-from kerasdefense.evaluation.amplification import ERRORS, compare_errors
+from kerasdefense.evaluation.amplification import compare_errors
 from kerasdefense.evaluation.batches import first_images
 from kerasdefense.evaluation.digests import of_file
 from kerasdefense.files import write_text
@@ -154,7 +154,7 @@ def compare(run: config.Run, console: Console) -> None:
         figures = compare_figures(folders, seed=run.evaluate.seed)
         if figures is not None:
             console.print(figures)
-    plot = Path(run.run_dir) / ERRORS
+    plot = Path(run.run_dir) / "comparison_errors.png"
     if compare_errors(plot, folders):
         console.print(plot, highlight=False, soft_wrap=True)
 
@@ -171,8 +171,9 @@ def sum_up(run: config.Run, console: Console) -> None:
 
 def describe(run: config.Run, splits: Splits) -> str:
     """Return the resolved configuration and the parameter counts, without training anything."""
-    with training.make_strategy(run.train).scope():
-        defense = training.build(run, splits)
+    strategy = training.make_strategy(run.train)
+    with strategy.scope():
+        defense = training.build(run, splits, training.saved_stages(run, splits, strategy))
     deployed = [getattr(defense, part) for part in defense.deployed]
     count = sum(tf.size(each).numpy() for part in deployed for each in part.trainable_variables)
     every = sum(part.count_params() for part in deployed)

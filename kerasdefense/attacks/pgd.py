@@ -101,17 +101,16 @@ class PGD(Iterative):
         return AttackResult(*map(tf.stop_gradient, best))
 
     def _walked(self, step: Callable[[Any], Any], state: Any) -> Any:
-        """Return the state after all steps: each in the graph, or where they are many, in a loop that is traced once."""
+        """Return the state after all steps: each in the graph, or where they are many, in a loop."""
         if self.steps <= _UNROLLED:
             for _ in range(self.steps):
                 state = step(state)
             return state
 
         def advance(number: tf.Tensor, state: Any) -> tuple[tf.Tensor, Any]:
+            moved = step(state)
             # A model behind `tf.numpy_function`, say, forgets how many images it was given.
-            return number + 1, tf.nest.map_structure(
-                lambda new, old: tf.ensure_shape(new, old.shape), step(state), state
-            )
+            return number + 1, tf.nest.map_structure(lambda new, old: tf.ensure_shape(new, old.shape), moved, state)
 
         return tf.while_loop(lambda number, _: number < self.steps, advance, (tf.constant(0), state))[1]
 

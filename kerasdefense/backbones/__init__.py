@@ -17,7 +17,7 @@ from kerasdefense.backbones.blocks import ImageShape
 from kerasdefense.backbones.critic import critic
 from kerasdefense.backbones.decoder import decoder
 from kerasdefense.backbones.denoising import denoising_places, denoising_resnet, plain_copy
-from kerasdefense.backbones.head import gives_map, last_kernel, pools_by_mean
+from kerasdefense.backbones.head import last_kernel, maps_of, pools_by_mean
 from kerasdefense.backbones.orthogonal import orthogonal_head, with_orthogonal_head
 from kerasdefense.backbones.own import as_backbone, fitted, load, read
 from kerasdefense.backbones.plain import small_cnn
@@ -101,9 +101,9 @@ __all__ = [
     "denoising_places",
     "denoising_resnet",
     "fitted",
-    "gives_map",
     "in_precision",
     "last_kernel",
+    "maps_of",
     "orthogonal_head",
     "plain_copy",
     "pools_by_mean",

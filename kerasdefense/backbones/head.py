@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from kerasdefense.backbones.blocks import Tensor
-from kerasdefense.layers import Logits, OrthogonalHead
+from kerasdefense.layers import Logits
 from kerasdefense.types import InputError
 
 NEEDED = "a backbone needs global pooling and one Dense at its end, with or without a softmax"
@@ -87,17 +87,18 @@ def weights(logits: Tensor) -> Optional[tuple[tf.Variable, Optional[tf.Variable]
 
 
 def last_kernel(model: keras.Model) -> tf.Variable:
-    """Return the kernel [d, classes] of the layer that gives a backbone's logits, dense or frozen axes.
+    """Return the kernel [d, classes] of the dense layer that gives a backbone's logits.
 
     Raises:
         InputError: the layer is of another kind.
     """
-    found, layer = weights(model.output["logits"]), layer_of(model.output["logits"])
-    if found is not None:
-        return found[0]
-    if isinstance(layer, OrthogonalHead):
-        return layer.kernel
-    raise InputError(f"model {model.name!r} has no kernel for its logits: they come of a {type(layer).__name__}")
+    found = weights(model.output["logits"])
+    if found is None:
+        kind = type(layer_of(model.output["logits"])).__name__
+        raise InputError(
+            f"the logits of model {model.name!r} are those of a {kind}; they must be those of a dense layer"
+        )
+    return found[0]
 
 
 def pools_by_mean(model: keras.Model) -> bool:
@@ -113,11 +114,27 @@ def pools_by_mean(model: keras.Model) -> bool:
         return bool(tf.reduce_max(tf.abs(mean - embedding)) <= tolerance)
 
 
-def gives_map(layer: keras.layers.Layer) -> bool:
-    """Return whether a layer stands once in its model and gives one feature map [batch, h, w, c]."""
-    if isinstance(layer, keras.layers.InputLayer) or len(getattr(layer, "_inbound_nodes", ())) != 1:
-        return False
-    output: Any = layer.output
+def maps_of(model: keras.Model) -> dict[str, tuple[keras.layers.Layer, Tensor]]:
+    """Return the layers that give one feature map [batch, h, w, c], by name in order, and these in the model's graph.
+
+    Of a functional model nested in it the layers too, which are then passed apart from those of `model`.
+    """
+    maps: dict[str, tuple[keras.layers.Layer, Tensor]] = {}
+    for layer in model.layers:
+        nodes = getattr(layer, "_inbound_nodes", ())
+        if isinstance(layer, keras.layers.InputLayer) or not nodes:
+            continue
+        if isinstance(layer, keras.Model):
+            inner, sources = maps_of(layer), nodes[-1].keras_inputs
+            if inner and len(sources) == 1:
+                passed = keras.Model(layer.inputs, [tensor for _, tensor in inner.values()])(sources[0])
+                maps |= {name: (inner[name][0], each) for name, each in zip(inner, tf.nest.flatten(passed))}
+        elif len(nodes) == 1 and _is_map(layer.output):
+            maps[layer.name] = (layer, layer.output)
+    return maps
+
+
+def _is_map(output: Any) -> bool:
     return not isinstance(output, (tuple, list, dict)) and output.shape.rank == 4
 
 

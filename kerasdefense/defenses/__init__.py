@@ -76,8 +76,13 @@ def build(
                 f"fgsm_rs trains with --attack_name=fgsm_rs, not {run.attack.name}; use --defense_name=pgd_at"
             )
         training_attack = dataclasses.replace(training_attack, name="fgsm_rs")
-    if name == "cafd" and training_attack.name == "pgd" and run.attack.objective in ("", attacks.FEATURE_DISTANCE):
-        training_attack = dataclasses.replace(training_attack, name="cafa")
+    is_own = run.attack.objective in ("", kind.own_objective)
+    if training_attack.name == "pgd" and is_own:
+        training_attack = dataclasses.replace(training_attack, name=kind.own_attack)
+    if training_attack.name == "cafa" and not (is_own and kind.own_attack == "cafa"):
+        raise UsageError("--attack_name=cafa goes with --defense_name=cafd and its own objective; others take pgd")
+    if training_attack.name == "cafa" and not training_attack.random_start:
+        raise UsageError("--noattack_random_start leaves cafa where its gradient is zero: leave the flag out")
     attack = attacks.build(training_attack)
     if run.backbone.path:
         image = tf.random.stateless_uniform([8, *backbone.input_shape[1:]], [0, 0])

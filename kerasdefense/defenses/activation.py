@@ -11,7 +11,7 @@ from kerasdefense.types import UsageError
 
 
 class ActivationFeatures:
-    """Features and class activation features of a classifier, in inference mode.
+    """Features and class activation features of a classifier, in inference mode; `kernel` is that of its last layer.
 
     Args:
         classifier: backbone.
@@ -25,24 +25,20 @@ class ActivationFeatures:
     """
 
     def __init__(self, classifier: keras.Model, layer: str = "", *, released: bool = False) -> None:
-        self._classifier, self._released = classifier, released
-        self._layer = _last_convolution(classifier) if layer == "last_conv" else layer
+        self.kernel, self._released = backbones.last_kernel(classifier), released
+        name = _last_convolution(classifier) if layer == "last_conv" else layer
         self._has_map = bool(layer) or backbones.pools_by_mean(classifier)
-        channels, width = teaching.watched(classifier, self._layer).output["watched"][0].shape[-1], self.kernel.shape[0]
+        self._watched = teaching.watched(classifier, name)
+        channels, width = self._watched.output["watched"][0].shape[-1], self.kernel.shape[0]
         if layer and channels != width:
             raise UsageError(
-                f"layer {self._layer!r} of {classifier.name} has {channels} channels, but the last weights {width}: "
+                f"layer {name!r} of {classifier.name} has {channels} channels, but its last layer weights {width}; "
                 "--defense_feature_layer must name one of as many"
             )
 
-    @property
-    def kernel(self) -> tf.Variable:
-        """The kernel [c, classes] of the classifier's last layer."""
-        return backbones.last_kernel(self._classifier)
-
     def __call__(self, image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Return features float32 [batch, h, w, c] and logits [batch, classes] of images [batch, h, w, channels]."""
-        outputs = teaching.watched(self._classifier, self._layer)(image, training=False)
+        outputs = self._watched(image, training=False)
         features = outputs["watched"][0] if self._has_map else outputs["embedding"][:, None, None, :]
         return tf.cast(features, tf.float32), outputs["logits"]
 
@@ -53,7 +49,8 @@ class ActivationFeatures:
 
 
 def _last_convolution(classifier: keras.Model) -> str:
-    found = [layer.name for layer in classifier.layers if isinstance(layer, keras.layers.Conv2D)]
+    maps = backbones.maps_of(classifier)
+    found = [name for name, (layer, _) in maps.items() if isinstance(layer, keras.layers.Conv2D)]
     if not found:
         raise UsageError(f"{classifier.name} has no convolution among its layers for feature_layer=last_conv to mean")
     return found[-1]

@@ -15,7 +15,7 @@ import tensorflow as tf
 from kerasdefense import config
 from kerasdefense.attacks import FEATURE_DISTANCE, OBJECTIVES, PGD, seeds
 from kerasdefense.defenses import batch as batches
-from kerasdefense.defenses import crafting, descent, inside
+from kerasdefense.defenses import crafting, descent, forgetting, inside
 from kerasdefense.defenses.averages import averages_in_place
 from kerasdefense.defenses.axes import axis_paths
 from kerasdefense.defenses.batch import Batch
@@ -57,6 +57,8 @@ class Defense(keras.Model):
     """Fields of `config.Defense` that are this method's own and no constructor arguments, such as those of stages."""
     presets: ClassVar[Mapping[str, Preset]] = {}
     """Named settings besides the recommended ones; `released` is what the authors' release sets otherwise."""
+    own_attack: ClassVar[str] = "pgd"
+    """The training attack that --attack_name=pgd stands for, a key of ATTACKS."""
     is_targeted: ClassVar[bool] = False
     """Whether its attack goes to a class that the method chooses, which its objective then needs."""
     needs_bank: ClassVar[bool] = False
@@ -119,6 +121,17 @@ class Defense(keras.Model):
         """
         del own
         return False
+
+    def craft_before(self, batch: Batch) -> tf.Tensor:
+        """Return what images [batch, h, w, c] are attacked to before training, the same whenever it is asked for."""
+        raise NotImplementedError(f"{type(self).__name__} attacks no images before training")
+
+    def craft_settings(self) -> dict[str, Any]:
+        """Return by name what `craft_before` depends on besides the backbone, the attack and the batch."""
+        return {"objective": self.objective, "seed": self.seed}
+
+    def begin_epoch(self) -> None:
+        """Do what is to be done once before each epoch of a run."""
 
     # What attacks, evaluation and export see.
 
@@ -290,7 +303,7 @@ class Defense(keras.Model):
         """Return what `compile_from_config` needs, None if it was never compiled."""
         if self.optimizer is None:
             return None
-        return {"optimizer": keras.saving.serialize_keras_object(self.optimizer)}
+        return {"optimizer": forgetting.serialised(self.optimizer)}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as before saving."""

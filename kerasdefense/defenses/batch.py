@@ -10,6 +10,9 @@ import tensorflow as tf
 
 from kerasdefense.types import UsageError
 
+IMAGE_ADV = "image_adv"
+"""What a dict of a batch calls its images as they were attacked before training, where a method asks for that."""
+
 
 class Batch(NamedTuple):
     """A training batch: image float32 [batch, h, w, c] in [0, 1], label int32 [batch], index int32 [batch]."""

@@ -12,18 +12,16 @@ import tensorflow as tf
 
 from kerasdefense import backbones, config, losses
 from kerasdefense.attacks import FEATURE_DISTANCE, OBJECTIVES, PGD, seeds
-from kerasdefense.defenses import inside, teaching
+from kerasdefense.defenses import forgetting, inside, teaching
 from kerasdefense.defenses.activation import ActivationFeatures
 from kerasdefense.defenses.base import Defense
-from kerasdefense.defenses.batch import Batch, is_labelled, with_labels
+from kerasdefense.defenses.batch import IMAGE_ADV, Batch, is_labelled, with_labels
 from kerasdefense.defenses.descent import Terms
 from kerasdefense.defenses.preset import Preset
 from kerasdefense.defenses.purifying import purified_paths
 from kerasdefense.defenses.stage import Stage
 from kerasdefense.types import Activations, Context, LossFn, PathFn, UsageError
 
-IMAGE_ADV = "image_adv"
-"""What a batch calls the images that were attacked before training."""
 _BEFORE, _SPARED = -3, -4
 """Streams of seeds: of images attacked before training, and, from the second down, of those left clean at a step."""
 
@@ -37,7 +35,8 @@ class CAFD(Defense):
     enters global pooling, W the kernel of its last layer, k(x) the class that P predicts. No label is used.
 
     1. Attack each image x by CAFA: away from its class activation features `F(x) * W[:, k(x)]`; on P alone, once for
-       all epochs (with `dynamic` at each step, through the denoiser), which gives x'.
+       all epochs (with `dynamic` at each step, through the denoiser), which gives x'. That is what a run does; in plain
+       `fit`, batches bring x' as `image_adv`, or it is crafted anew at each step.
     2. `x" = x' + C(x')`, not clipped, C and D in training mode.
     3. Descend with D on `(BCE(r, 1) + BCE(f, 0)) / 2`, where `r = D(x) - mean D(x")` and `f = D(x") - mean D(x)`.
     4. Descend with C on `lam_f mean (F(x") - F(x))^2 + lam_w mean (w(x") - w(x))^2 + lam_a (BCE(r, 0) + BCE(f, 1)) / 2
@@ -63,29 +62,32 @@ class CAFD(Defense):
         legacy_cam: whether CAFA compares features as in the authors' code, see `losses.released_maps`.
         dynamic: whether step 1 is taken at each step and on the whole path.
         clean_fraction: chance of an image to come as it is in place of x'.
-        reset_each_epoch: whether the optimizers forget their moments at each epoch.
+        reset_each_epoch: whether the optimizers begin anew at each epoch, but for their learning rates (in a run).
         coupled_decay: factor of the kernels in their gradients, in C and D.
         denoiser_width: channels of the first stage of C, where it is made here.
         critic_width: the same of D.
         legacy_stride: whether C halves the side on its way up too, as in the authors' code.
 
-    Source: the code released with CAFD (Zhou et al. 2021, ICCV; arXiv 2104.09197), and summaries of the paper, whose
-    text was not at hand: results are those of a re-implementation. Deviations: CAFA compares features as they are, not
-    rectified, scaled by the extremes of the batch and resized; the term of the weights has a gradient, theirs, of the
-    predicted class's column, has none (`weight_term="hard"`), so that theirs matches features alone; features are
-    compared at their own size; F enters global pooling, theirs is the last convolution; C halves no side on its way up
-    and starts as the identity; each batch passes C once at a step, theirs twice; decay is of kernels alone; optimizers
-    keep their moments; 40 steps of CAFA, theirs 100. `--defense_preset=released` sets theirs, but for the decay, the
-    identity, the passes and the size of features. Images are attacked, and C trained, as they are, without
-    augmentation, unless `dynamic`. `lam_p` and `dynamic` are no part of the released method.
+    Source: the code released with CAFD (Zhou et al. 2021, ICCV; arXiv 2104.09197), and summaries of the paper,
+    whose text was not at hand: results are those of a re-implementation. Deviations: CAFA compares features as they
+    are, not rectified, scaled by the extremes of the batch and resized; the term of the weights has a gradient,
+    theirs, of the predicted class's column, has none (`weight_term="hard"`), so that theirs matches features alone;
+    features are compared at their own size; F enters global pooling, theirs is the last convolution; C halves no
+    side on its way up and starts as the identity; each batch passes C once at a step, theirs twice; decay is of
+    kernels alone; optimizers keep their moments; 40 steps of CAFA, theirs 100. `--defense_preset=released` sets
+    theirs, but for the decay, the identity, the passes, the size of features, initial weights and the momentum of
+    C's batch normalisation; and in a WideResNet its last convolution is that of the branch, theirs the sum behind
+    it. Images are attacked, and C trained, as they are, without augmentation, unless `dynamic`. `lam_p` and
+    `dynamic` are no part of the released method.
     """
 
     caveat = (
-        "CAFD is a denoiser in front of a classifier without robustness: accuracy under attacks that do not know of it "
-        "is no measure of its robustness."
+        "CAFD is a denoiser in front of a classifier, and adds no robustness against those who know of it: accuracy "
+        "under attacks that do not is no measure of robustness."
     )
     terms: tuple[str, ...] = ()
     own_objective = FEATURE_DISTANCE
+    own_attack = "cafa"
     monitor = "restoration"
     parts = ("backbone", "denoiser", "critic")
     deployed = ("backbone", "denoiser")
@@ -152,6 +154,8 @@ class CAFD(Defense):
         if classifier is not None:
             backbone = backbones.fitted(classifier, image_shape=image_shape, classes=classes)
         super().__init__(teaching.frozen_copy(backbone), attack=attack, **kwargs)
+        if not dynamic and (self.warmup_steps or self.ramp_steps):
+            raise UsageError("warm-up and a rising radius are for attacks while training: pass --defense_dynamic")
         self.lam_f, self.lam_w, self.lam_a, self.lam_p = lam_f, lam_w, lam_a, lam_p
         self.weight_term, self.temperature, self.feature_layer = weight_term, temperature, feature_layer
         self.legacy_cam, self.is_dynamic, self.clean_fraction = legacy_cam, dynamic, clean_fraction
@@ -166,10 +170,12 @@ class CAFD(Defense):
         )
         if self.denoiser.output_shape[1:] != image_shape:
             raise UsageError(f"the denoiser must give {image_shape}, not {self.denoiser.output_shape[1:]}")
-        self.critic = None
-        if lam_a:
-            made = critic or backbones.critic(image_shape, width=critic_width, l2=l2)
-            self.critic = critic or backbones.with_precision(made, precision, but="critic_logit")
+        if critic is not None and not lam_a:
+            raise UsageError("with lam_a=0 nothing is learnt from a critic; leave critic out")
+        self.critic = critic
+        if lam_a and critic is None:
+            made = backbones.critic(image_shape, width=critic_width, l2=l2)
+            self.critic = backbones.with_precision(made, precision, but="critic_logit")
         self.terms += ("feature_loss",) if lam_f else ()
         self.terms += ("weight_loss",) if lam_w and weight_term != "joint" else ()
         self.terms += ("pixel_loss",) if lam_p else ()
@@ -265,16 +271,17 @@ class CAFD(Defense):
 
     def _attacked_images(self, data: Any, batch: Batch) -> tf.Tensor:
         """Return the attacked images of a batch, that came with it or are crafted now; some of them left clean."""
-        if isinstance(data, Mapping) and IMAGE_ADV in data and not self.is_dynamic:
-            image_adv = data[IMAGE_ADV]
-        else:
-            image_adv = self.craft(batch, self.attack)
+        image_adv = data[IMAGE_ADV] if self._is_attacked(data) else self.craft(batch, self.attack)
         if not self.clean_fraction:
             return image_adv
         draws = seeds.uniform(
             seeds.per_example(self.seed, _SPARED - self.step, batch.index), tf.zeros_like(batch.index), 1
         )
         return tf.where(draws[:, :, None, None] < self.clean_fraction, batch.image, image_adv)
+
+    def _is_attacked(self, data: Any) -> bool:
+        """Return whether a batch brings its images as they were attacked before, and they are of use."""
+        return not self.is_dynamic and isinstance(data, Mapping) and IMAGE_ADV in data
 
     def _descend_critic(self, image: tf.Tensor, denoised: tf.Tensor) -> None:
         """Take step 3."""
@@ -317,6 +324,11 @@ class CAFD(Defense):
         seed = seeds.per_example(self.seed, _BEFORE, batch.index)
         return self._search(self.attack, loss_fn, batch.image, context, seed)
 
+    def craft_settings(self) -> dict[str, Any]:
+        """Return by name what `craft_before` depends on besides the backbone, the attack and the batch."""
+        own = ("legacy_cam", "feature_layer")
+        return {**super().craft_settings(), **{name: getattr(self, name) for name in own}}
+
     def _goal(self, batch: Batch) -> tuple[LossFn, Context]:
         """Return the objective of step 1 and what it needs of each image."""
         if self.objective == FEATURE_DISTANCE:
@@ -341,7 +353,7 @@ class CAFD(Defense):
         With no such term it is minus the mean squared distance of pixels. Accuracy is measured where there are labels.
         """
         batch = self.unpack(data)
-        image_adv = self.craft_before(batch)
+        image_adv = data[IMAGE_ADV] if self._is_attacked(data) else self.craft_before(batch)
         denoised = image_adv + self.denoiser(image_adv, training=False)
         terms = self._terms(self.features(denoised), self.features(batch.image), denoised, batch.image)
         self.means["restoration"].update_state(
@@ -350,19 +362,10 @@ class CAFD(Defense):
         accuracies = super().test_step(data) if is_labelled(data) else {}
         return {**accuracies, "restoration": self.means["restoration"].result()}
 
-    def fit(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> keras.callbacks.History:
-        """Train as Keras does; with `reset_each_epoch` the optimizers forget their moments at each epoch's start."""
-        if self.reset_each_epoch:
-            forget = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: self._forget_moments())
-            callbacks = [forget, *(callbacks or [])]
-        return super().fit(*args, callbacks=callbacks, **kwargs)
-
-    def _forget_moments(self) -> None:
-        for optimizer, _ in self.optimizers():
-            inner = getattr(optimizer, "inner_optimizer", optimizer)
-            for name in ("_momentums", "_velocities", "momentums"):  # of Adam and of SGD
-                for variable in getattr(inner, name, ()):
-                    variable.assign(tf.zeros_like(variable))
+    def begin_epoch(self) -> None:
+        """With `reset_each_epoch`, have the optimizers forget what they have gathered, their count of steps too."""
+        for optimizer, _ in self.optimizers() if self.reset_each_epoch else ():
+            forgetting.forget(optimizer)
 
     # What training shows and an evaluation asks.
 
@@ -409,6 +412,9 @@ class CAFD(Defense):
         if self.critic is not None:
             self.critic_optimizer = self.prepare(type(optimizer).from_config(optimizer.get_config()))
         super().compile(optimizer=optimizer, **kwargs)
+        if self.reset_each_epoch:
+            for each, _ in self.optimizers():
+                forgetting.follow(each, self.step)
         self.means["restoration"] = keras.metrics.Mean(name="restoration")
 
     def get_config(self) -> dict[str, Any]:

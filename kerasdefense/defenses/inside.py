@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 
 from kerasdefense.attacks import norms
-from kerasdefense.backbones import denoising_places, gives_map, orthogonal_head
+from kerasdefense.backbones import denoising_places, maps_of, orthogonal_head
 
 
 def block_noise(backbone: keras.Model, image: tf.Tensor, image_adv: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -54,13 +54,15 @@ def layer_errors(backbone: keras.Model, image: tf.Tensor, changed: tf.Tensor) ->
     `error_00_image`, and `error_<number>_<layer>` of every rectifier that gives a feature map, numbered from 01 on; of
     every convolution, where the backbone has no rectifiers of their own.
     """
-    maps = [each for each in backbone.layers if gives_map(each)]
-    rectifiers = [each for each in maps if isinstance(each, (keras.layers.ReLU, keras.layers.Activation))]
-    layers = rectifiers or [each for each in maps if isinstance(each, keras.layers.Conv2D)]
-    names = [f"error_{number:02d}_{layer.name}" for number, layer in enumerate(layers, start=1)]
+    maps = maps_of(backbone)
+    kinds: tuple[type, ...] = (keras.layers.ReLU, keras.layers.Activation)
+    if not any(isinstance(layer, kinds) for layer, _ in maps.values()):
+        kinds = (keras.layers.Conv2D,)
+    tensors = {name: tensor for name, (layer, tensor) in maps.items() if isinstance(layer, kinds)}
+    names = [f"error_{number:02d}_{name}" for number, name in enumerate(tensors, start=1)]
     figures = {"error_00_image": norms.relative_distance(changed, image)}
-    if layers:
-        inside = keras.Model(backbone.input, [layer.output for layer in layers])
+    if tensors:
+        inside = keras.Model(backbone.input, list(tensors.values()))
         pairs = zip(*(tf.nest.flatten(inside(each, training=False)) for each in (changed, image)))
         distances = (norms.relative_distance(*(tf.cast(each, tf.float32) for each in pair)) for pair in pairs)
         figures |= dict(zip(names, distances))

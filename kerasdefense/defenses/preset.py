@@ -32,8 +32,9 @@ class Preset:
         """
         if not self.steps:
             return given
-        if given.steps not in (0, self.steps) or given.name != "pgd":
-            other = f"--attack_steps={given.steps}" if given.name == "pgd" else f"--attack_name={given.name}"
+        has_steps = given.name in ("pgd", "cafa")
+        if given.steps not in (0, self.steps) or not has_steps:
+            other = f"--attack_steps={given.steps}" if has_steps else f"--attack_name={given.name}"
             raise UsageError(f"--defense_preset={name} takes {self.steps} steps of pgd, not {other}; leave one out")
         step_size = given.step_size or self.step_share * given.epsilon
         return dataclasses.replace(given, steps=self.steps, step_size=step_size)

@@ -61,7 +61,7 @@ def watched(network: keras.Model, layers: str) -> keras.Model:
     Raises:
         UsageError: a name that none of its layers has that gives a feature map.
     """
-    maps = {layer.name: layer.output for layer in network.layers if backbones.gives_map(layer)}
+    maps = {name: tensor for name, (_, tensor) in backbones.maps_of(network).items()} if layers else {}
     names = layer_names(layers)
     for name in names:
         if name not in maps:

@@ -1,6 +1,6 @@
 """Training: the stages of a defense one after the other, each selected, saved, and resumed where it stopped."""
 
-from kerasdefense.training.fitting import HISTORY, MODEL, Trained, build, train
+from kerasdefense.training.fitting import HISTORY, MODEL, Trained, build, saved_stages, train
 from kerasdefense.training.optimizer import make_optimizer
 from kerasdefense.training.selection import SelectBest
 from kerasdefense.training.strategy import is_chief, make_strategy, mirrored
@@ -15,5 +15,6 @@ __all__ = [
     "make_optimizer",
     "make_strategy",
     "mirrored",
+    "saved_stages",
     "train",
 ]

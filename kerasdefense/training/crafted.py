@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import keras
 import numpy as np
@@ -16,10 +17,10 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from kerasdefense import backbones, config
-from kerasdefense.data import Splits
+from kerasdefense.data import Split, Splits
 from kerasdefense.data.augment import Augmentation
 from kerasdefense.defenses import DEFENSES, Defense
-from kerasdefense.defenses.cafd import IMAGE_ADV
+from kerasdefense.defenses.batch import IMAGE_ADV
 from kerasdefense.files import write_json
 from kerasdefense.types import InputError, UsageError
 
@@ -80,44 +81,47 @@ def make_crafted(
     """Return the training images of a run as its method attacks them before training, from `folder` or into it.
 
     The folder holds `images.npy` and `crafted.json`, which says for which classifier, attack and images they are, and
-    the digest of every block that is done. What is there is checked, and only what is missing is crafted.
+    digests of every block that is done. What is there is checked, and only what is missing is crafted.
 
     Args:
         run: the configuration.
         splits: `with_own_images`.
-        defense: with the method `craft_before`.
+        defense: whose `craft_before` is asked.
         folder: where the images are kept; made if need be.
         strategy: over whose replicas batches are divided.
 
     Raises:
-        InputError: the folder holds images of another classifier, attack or data set, or damaged ones.
+        InputError: the folder holds images of another classifier, attack or data set, or damaged ones; or there is no
+            room for them.
     """
-    index, shape = splits.train.index, splits.image_shape
-    settings = _settings(run, splits, defense)
+    index, shape = splits.train.index, (len(splits.train.index), *splits.image_shape)
+    settings = _settings(run, splits, defense, strategy)
     done = _read(folder, settings)
-    if done is None or len(done) * _BLOCK < len(index):
-        size = len(index) * np.prod(shape) * 4 / 1e6
-        print(f"attacking {len(index):,} training images once, into {folder} ({size:,.0f} MB)", file=sys.stderr)
-    folder.mkdir(parents=True, exist_ok=True)
-    mode = "w+" if done is None else "r+"
-    image = np.lib.format.open_memmap(folder / IMAGES, mode, np.dtype(np.float32), (len(index), *shape))
-    done = done or []
-    _check_blocks(folder, image, done)
-    with strategy.scope():
-        crafter = _Crafter(defense)
-        crafter.compile()
+    state = {"settings": settings, "blocks": done}
+    image = _open(folder, shape, state)
+    crafter = _crafter(defense, strategy)
     firsts = range(0, len(index), _BLOCK)
+    if len(done) < len(firsts):
+        print(f"attacking {len(index):,} training images once, into {folder}", file=sys.stderr)
     blocks = tqdm(splits.train.batches(_BLOCK), total=len(firsts), desc="attacking", disable=not run.progress)
     for number, block in enumerate(blocks):
+        rows, clean = slice(firsts[number], firsts[number] + _BLOCK), _digest(block["image"].numpy())
         if number < len(done):
+            if done[number] != [clean, _digest(image[rows])]:
+                raise InputError(f"block {number} of {folder / IMAGES} is damaged or of other images: remove {folder}")
             continue
-        batches = tf.data.Dataset.from_tensor_slices(block).batch(run.train.batch_size)
-        rows = slice(firsts[number], firsts[number] + _BLOCK)
-        image[rows] = crafter.predict(batches, verbose=0)
+        image[rows] = _attacked(crafter, block, run.train.batch_size)
         image.flush()
-        done.append(_digest(image[rows]))
-        write_json(folder / STATE, {"settings": settings, "blocks": done})
+        done.append([clean, _digest(image[rows])])
+        write_json(folder / STATE, state)
     return Crafted(np.load(folder / IMAGES, mmap_mode="r"), index)
+
+
+def crafted_in_memory(run: config.Run, split: Split, defense: Defense, strategy: tf.distribute.Strategy) -> Crafted:
+    """Return the images of a split, the validation one say, as a run's method attacks them before training."""
+    crafter = _crafter(defense, strategy)
+    parts = [_attacked(crafter, block, run.train.batch_size) for block in split.batches(_BLOCK)]
+    return Crafted(np.concatenate(parts), split.index)
 
 
 class _Crafter(keras.Model):
@@ -132,24 +136,41 @@ class _Crafter(keras.Model):
         return self.defense.craft_before(self.defense.unpack(data))
 
 
-def _settings(run: config.Run, splits: Splits, defense: Defense) -> dict[str, str]:
-    """Return in words what the images depend on."""
-    attack = {"kind": type(defense.attack).__name__, **defense.attack.get_config()}
-    own = {name: getattr(defense, name) for name in ("objective", "legacy_cam", "feature_layer", "seed")}
+def _crafter(defense: Defense, strategy: tf.distribute.Strategy) -> _Crafter:
+    with strategy.scope():
+        crafter = _Crafter(defense)
+        crafter.compile()
+    return crafter
+
+
+def _attacked(crafter: _Crafter, block: Mapping[str, tf.Tensor], batch_size: int) -> np.ndarray:
+    attacked: np.ndarray = crafter.predict(tf.data.Dataset.from_tensor_slices(block).batch(batch_size), verbose=0)
+    return attacked
+
+
+def _settings(
+    run: config.Run, splits: Splits, defense: Defense, strategy: tf.distribute.Strategy
+) -> dict[str, dict[str, Any]]:
+    """Return what the images depend on, by what a message calls it."""
+    attack = {"attack": type(defense.attack).__name__, **defense.attack.get_config(), **defense.craft_settings()}
+    if attack.get("legacy_cam"):  # which compares the images of a batch together
+        attack |= {"batch size": run.train.batch_size, "replicas": strategy.num_replicas_in_sync}
     index = splits.train.index.astype("<i8")
-    return {
-        "classifier": _of_weights(defense.backbone),
-        "precision": backbones.precision_of(defense.backbone),
-        "attack": json.dumps({**attack, **own}, sort_keys=True),
-        "images": f"{len(index)} of {splits.name}, {hashlib.sha256(index.tobytes()).hexdigest()}",
-        "labels": hashlib.sha256(splits.train.label[index].astype("<i4").tobytes()).hexdigest(),
-        "shape": "x".join(map(str, splits.image_shape)),
-    }
+    images = {"name": splits.name, "images": len(index), "choice": _digest(index), "shape": list(splits.image_shape)}
+    classifier = {"classifier": _of_model(defense.backbone), "precision": backbones.precision_of(defense.backbone)}
+    settings = {"classifier": classifier, "attack": attack, "data set": images}
+    found: dict[str, dict[str, Any]] = json.loads(json.dumps(settings))  # as they are read back
+    return found
 
 
-def _of_weights(model: keras.Model) -> str:
-    """Return the SHA-256 of a model's weights; what its layers are called is no part of it."""
+def _of_model(model: keras.Model) -> str:
+    """Return the SHA-256 of a model's weights and of what its layers are; what they are called is no part of it."""
     whole = hashlib.sha256()
+    layers = [each for each in model.submodules if isinstance(each, keras.layers.Layer)]
+    for layer in layers:
+        if not any(isinstance(part, keras.layers.Layer) for part in layer.submodules):
+            kept = {name: value for name, value in layer.get_config().items() if name not in ("name", "trainable")}
+            whole.update(f"{type(layer).__name__} {json.dumps(kept, sort_keys=True, default=str)}".encode())
     for each in model.get_weights():
         whole.update(f"{each.dtype}{each.shape}".encode() + each.tobytes())
     return whole.hexdigest()
@@ -159,33 +180,50 @@ def _digest(rows: np.ndarray) -> str:
     return hashlib.sha256(rows.tobytes()).hexdigest()
 
 
-def _read(folder: Path, settings: Mapping[str, str]) -> Optional[list[str]]:
-    """Return the digests of the blocks that are done in a folder, None where nothing is there."""
+def _read(folder: Path, settings: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Return the digests of the blocks that are done in a folder, which must be of these settings or empty."""
     path = folder / STATE
     if not path.is_file():
-        if (folder / IMAGES).exists() or not folder.exists() or not any(folder.iterdir()):
-            return None  # nothing, or a first block that was cut off
-        raise InputError(f"{folder} holds other files and no {STATE}; pass another --defense_crafted")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} holds something else, and no {STATE}: pass another --defense_crafted")
+        return []
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        there, blocks = dict(state["settings"]), list(state["blocks"])
+        there = {name: dict(state["settings"][name]) for name in settings}
+        blocks = [[str(clean), str(attacked)] for clean, attacked in state["blocks"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged; remove {folder}, or pass another --defense_crafted") from error
-    for name, now in settings.items():
-        before = str(there.get(name))
-        if before != now:
+        raise InputError(f"{path} is damaged: remove {folder}, or pass another --defense_crafted") from error
+    for what, now in settings.items():
+        keys = [key for key in now if there[what].get(key) != now[key]]
+        if keys:
+            words = ", ".join(f"{key} {_short(there[what].get(key))} there and {_short(now[key])} now" for key in keys)
             raise InputError(
-                f"the attacked images in {folder} were made for another {_WORDS.get(name, name)} ({before[:12]} there, "
-                f"{now[:12]} now): remove them, or pass another --defense_crafted"
+                f"the attacked images in {folder} were made for another {what} ({words}): remove them, or pass another "
+                "--defense_crafted"
             )
     return blocks
 
 
-_WORDS = {"images": "choice of images", "labels": "set of labels", "shape": "shape of images"}
+def _short(value: Any) -> str:
+    return str(value)[:12]
 
 
-def _check_blocks(folder: Path, image: np.ndarray, done: list[str]) -> None:
-    """Raise an InputError where a block is not what was written."""
-    for number, digest in enumerate(done):
-        if _digest(image[number * _BLOCK : (number + 1) * _BLOCK]) != digest:
-            raise InputError(f"block {number} of {folder / IMAGES} is damaged: remove {folder} to attack them again")
+def _open(folder: Path, shape: tuple[int, ...], state: Mapping[str, Any]) -> Any:
+    """Return the file of the images, made if none is done."""
+    path = folder / IMAGES
+    folder.mkdir(parents=True, exist_ok=True)
+    if state["blocks"]:
+        try:
+            image: np.ndarray = np.load(path, mmap_mode="r+")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} is missing or damaged: remove {folder} to attack anew") from error
+        if image.shape != shape or image.dtype != np.float32:
+            raise InputError(f"{path} is damaged: remove {folder} to attack anew")
+        return image
+    needed, free = 4 * int(np.prod(shape)), shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"the attacked images take {needed / 1e6:,.0f} MB, but {folder} has room for {free / 1e6:,.0f}"
+        )
+    write_json(folder / STATE, state)
+    return np.lib.format.open_memmap(path, "w+", np.dtype(np.float32), shape)

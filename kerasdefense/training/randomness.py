@@ -18,7 +18,10 @@ def use_generators() -> None:
 
 
 class SeedEpochs(keras.callbacks.Callback):
-    """Set every layer's generator at an epoch's beginning, from the run's seed, the epoch and the layer's place."""
+    """Begin an epoch: every layer's generator is set from the run's seed, the epoch and the layer's place.
+
+    Before that the defense does what it does once an epoch.
+    """
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -26,6 +29,7 @@ class SeedEpochs(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: Optional[dict[str, Any]] = None) -> None:
         """Set the generators."""
+        self.model.begin_epoch()
         layers = [each for each in self.model.submodules if isinstance(each, keras.__internal__.layers.BaseRandomLayer)]
         for place, layer in enumerate(layers):
             generator = layer._random_generator._generator

@@ -136,7 +136,8 @@ def test_crafting_goes_on_where_it_was_cut_off(few, make_run, kept, copied, caps
 
 
 def test_crafting_begins_anew_where_its_first_block_was_cut_off(few, make_run, kept, copied):
-    (copied / STATE).unlink()
+    state = json.loads((copied / STATE).read_text())
+    (copied / STATE).write_text(json.dumps({**state, "blocks": []}))
     np.save(copied / IMAGES, np.zeros(5, np.float32))
     np.testing.assert_array_equal(craft(make_run(), few, copied).image, kept[1])
 
@@ -145,20 +146,20 @@ def test_damaged_block_is_refused(few, make_run, copied):
     image = np.load(copied / IMAGES, mmap_mode="r+")
     image[BLOCK + 3, 0, 0] += 0.5
     image.flush()
-    with pytest.raises(InputError, match=rf"^block 1 of .*{IMAGES} is damaged: remove .* to attack them again$"):
+    with pytest.raises(InputError, match=rf"^block 1 of .*{IMAGES} is damaged or of other images: remove .*/images$"):
         craft(make_run(), few, copied)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"settings": {}}'])
 def test_damaged_state_is_refused(few, make_run, copied, text):
     (copied / STATE).write_text(text)
-    with pytest.raises(InputError, match=rf"{STATE} is damaged; remove .*, or pass another --defense_crafted$"):
+    with pytest.raises(InputError, match=rf"{STATE} is damaged: remove .*, or pass another --defense_crafted$"):
         craft(make_run(), few, copied)
 
 
 def test_folder_of_other_files_is_refused(few, make_run, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=rf"holds other files and no {STATE}; pass another --defense_crafted$"):
+    with pytest.raises(InputError, match=rf"holds something else, and no {STATE}: pass another --defense_crafted$"):
         craft(make_run(), few, tmp_path)
 
 
@@ -168,8 +169,8 @@ def test_folder_of_other_files_is_refused(few, make_run, tmp_path):
         ({"defense": {"shift": 1.0}}, "classifier"),
         ({"defense": {"seed": 1}}, "attack"),
         ({"defense": {"legacy_cam": True}}, "attack"),
-        ({"run": {"crafted_examples": 100}}, "choice of images"),
-        ({"precision": "mixed_bfloat16"}, "precision"),
+        ({"run": {"crafted_examples": 100}}, "data set"),
+        ({"precision": "mixed_bfloat16"}, "classifier"),
     ],
 )
 def test_images_made_for_something_else_are_refused(few, make_run, copied, change, what):
@@ -180,7 +181,7 @@ def test_images_made_for_something_else_are_refused(few, make_run, copied, chang
         craft(make_run(**change.get("run", {})), few, copied, defense)
     message = str(refused.value)
     assert f"were made for another {what} (" in message and "\n" not in message
-    assert message.endswith("now): remove them, or pass another --defense_crafted")
+    assert message.endswith("): remove them, or pass another --defense_crafted")
 
 
 def test_names_of_layers_and_batches_make_no_other_images(few, make_run, kept, copied):
