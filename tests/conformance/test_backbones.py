@@ -39,7 +39,7 @@ def test_backbone_takes_image_and_names_its_outputs(backbone, image, request):
 def test_backbone_answers_an_image_alike_in_any_batch(backbone, image):
     together = backbone(image, training=False)["logits"]
     alone = tf.concat([backbone(image[row : row + 1], training=False)["logits"] for row in range(3)], axis=0)
-    np.testing.assert_allclose(alone, together, atol=1e-5)
+    np.testing.assert_allclose(alone, together, rtol=1e-5, atol=1e-5)
 
 
 def test_backbone_gradient_reaches_every_image(backbone, image):

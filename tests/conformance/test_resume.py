@@ -5,13 +5,13 @@ import shutil
 import numpy as np
 import pytest
 
-from kerasdefense import config, data, training
+from kerasdefense import config, data, defenses, training
 from kerasdefense.defenses import DEFENSES
 from kerasdefense.training import fitting
 
 HEADS = {"dfa": "orthogonal", "dfa_at": "orthogonal"}
 """Defenses whose classes are frozen axes."""
-SETTINGS = {"cafd": {"denoiser_width": 2, "critic_width": 2}}
+SETTINGS = {"cafd": {"denoiser_width": 2, "critic_width": 2, "lam_f": 1.0, "classifier_epochs": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,8 @@ def test_resume_goes_on_bit_for_bit(name, splits, tmp_path, monkeypatch):
     )
     whole = training.train(run, splits, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole/checkpoints", tmp_path / "killed/checkpoints")
+    for stage in defenses.stages(run):
+        shutil.copytree(tmp_path / "whole" / stage.name, tmp_path / "killed" / stage.name)
     for left in ("best", "epochs/epoch-2.*", "epochs/epoch-3.*"):  # as it was when the second epoch was killed
         for path in (tmp_path / "killed/checkpoints").glob(left):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
