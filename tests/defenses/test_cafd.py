@@ -15,7 +15,7 @@ import tensorflow as tf
 from kerasdefense import InputError, UsageError, backbones, config, defenses
 from kerasdefense.attacks import CAFA, FGSM, PGD, norms
 from kerasdefense.backbones import blocks
-from kerasdefense.defenses import CAFD, Standard
+from kerasdefense.defenses import CAFD, Standard, inside
 from kerasdefense.defenses.batch import Batch
 from kerasdefense.defenses.cafd import IMAGE_ADV
 
@@ -54,7 +54,7 @@ def small_critic():
 
 def make(optimizer=None, attack=TWO_STEPS, backbone=None, **kwargs):
     keras.utils.set_random_seed(3)
-    networks = {"denoiser": small_denoiser(), "critic": small_critic()}
+    networks = {"denoiser": small_denoiser()} | ({"critic": small_critic()} if kwargs.get("lam_a", 1) else {})
     defense = CAFD(backbone or untrained(), attack=attack, **{"lam_f": 10.0, **networks, **kwargs})
     defense.compile(optimizer or keras.optimizers.SGD(RATE))
     return defense
@@ -352,17 +352,14 @@ def test_some_images_are_left_clean():
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_optimizers_forget_their_moments_where_they_are_asked_to(reset):
+def test_optimizers_forget_their_moments_at_an_epoch_where_they_are_asked_to(reset):
     defense, data = make(keras.optimizers.Adam(1e-3), reset_each_epoch=reset), make_data()
-    moments = []
-
-    def note(epoch, logs=None):
-        moments.append([max(np.abs(each).max() for each in optimizer._momentums) for optimizer in optimizers])
-
-    optimizers = [optimizer for optimizer, _ in defense.optimizers()]
-    callback = keras.callbacks.LambdaCallback(on_epoch_begin=note)
-    defense.fit(tf.data.Dataset.from_tensors(data), epochs=2, callbacks=[callback], verbose=0)
-    assert moments[0] == [0, 0] and all((each == 0) == reset for each in moments[1])
+    defense.train_step(data)
+    defense.begin_epoch()
+    for optimizer, _ in defense.optimizers():
+        assert all((np.abs(each).max() == 0) == reset for each in optimizer._momentums)
+        assert int(optimizer.iterations) == (0 if reset else 1)
+    assert int(defense.step) == 1
 
 
 def test_kernels_of_denoiser_and_critic_decay_in_their_gradients():
@@ -569,6 +566,43 @@ def test_objectives_besides_its_own_take_labels():
         )
         assert np.array_equal(one, two) == (objective == "kl_divergence")
         assert norms.length(one - data["image"], "linf").numpy().min() > EPSILON / 2
+
+
+def test_layers_of_a_classifier_made_elsewhere_are_found():
+    image = keras.Input(SHAPE)
+    tensor = keras.layers.Conv2D(3, 3, activation="relu", name="first")(image)
+    tensor = keras.layers.Conv2D(4, 3, activation="relu", name="second")(tensor)
+    pooled = keras.layers.GlobalAveragePooling2D()(tensor)
+    own = backbones.as_backbone(keras.Model(image, keras.layers.Dense(CLASSES, "softmax")(pooled)))
+    images = tf.constant(make_data()["image"])
+    expected = own(images)["feature_map"]
+    for layer in ("", "last_conv", "second"):
+        features, _ = make(backbone=own, feature_layer=layer).features(images)
+        np.testing.assert_allclose(features, expected, atol=1e-6)
+    with pytest.raises(UsageError, match=r"has no layer .third. .*; it has first, second"):
+        make(backbone=own, feature_layer="third")
+    errors = inside.layer_errors(own, images, 1 - images)
+    assert list(errors) == ["error_00_image", "error_01_first", "error_02_second"]
+    assert all((each.numpy() > 0).all() for each in errors.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warmup_steps": 1}, "warm-up and a rising radius are for attacks while training"),
+        ({"critic": "own", "lam_a": 0.0}, "nothing is learnt from a critic"),
+    ],
+)
+def test_settings_without_effect_are_refused(settings, message):
+    settings = {**settings, "critic": small_critic()} if "critic" in settings else settings
+    with pytest.raises(UsageError, match=message):
+        make(**settings)
+
+
+def test_classifier_on_frozen_axes_is_refused():
+    architecture = config.Backbone(name="small_cnn", width=4, head="orthogonal")
+    with pytest.raises(InputError, match="they must be those of a dense layer"):
+        make(backbone=backbones.build(architecture, image_shape=SHAPE, classes=CLASSES))
 
 
 def test_features_of_a_classifier_that_does_not_pool_by_the_mean_are_its_embedding():

@@ -392,3 +392,19 @@ def test_what_cannot_train_is_refused_before_the_classifier_is_trained(
     with pytest.raises(error, match=message):
         training.train(make_run(**settings), few, tmp_path)
     assert begun == []
+
+
+def test_activation_and_range_of_a_classifier_make_other_images_at_the_same_weights():
+    def model(scale, activation):
+        image = keras.Input((8, 8, 1))
+        scaled = keras.layers.Rescaling(scale)(image)
+        return keras.Model(image, keras.layers.Conv2D(2, 3, activation=activation, kernel_initializer="ones")(scaled))
+
+    digests = [crafted._of_model(model(*each)) for each in ((1, "relu"), (1, "relu"), (255, "relu"), (1, "tanh"))]
+    assert digests[0] == digests[1] and len({*digests}) == 3
+
+
+def test_images_that_are_missing_beside_their_state_are_refused(few, make_run, copied):
+    (copied / IMAGES).unlink()
+    with pytest.raises(InputError, match=rf"{IMAGES} is missing or damaged: remove"):
+        craft(make_run(), few, copied)
