@@ -94,7 +94,8 @@ def test_picture_of_the_embedding_comes_and_goes_with_the_measurement(tmp_path, 
     def measured(examples):
         given = config.Run(run_dir=str(tmp_path), evaluate=config.Evaluate(internals=examples))
         threat_model = evaluation.ThreatModel("linf", 0.1)
-        return assess._figures(given, splits, None, threat_model, is_randomised=False)["internals"]
+        model = SimpleNamespace(name="parity")
+        return assess._figures(given, splits, model, threat_model, is_randomised=False)["internals"]
 
     assert measured(6)["n"] == 6 and all(path.is_file() for path in kept)
     with Image.open(kept[1]) as picture:

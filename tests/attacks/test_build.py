@@ -30,7 +30,7 @@ def test_build_follows_the_configuration(settings, expected):
     "settings, message",
     [
         ({"name": "newton"}, "unknown attack 'newton'; valid: apgd, .*cleverhans_cw_l2, .*pgd"),
-        ({"objective": "hinge"}, "unknown objective 'hinge'; valid: cross_entropy, .*dlr, .*margin"),
+        ({"objective": "hinge"}, "unknown objective 'hinge'; valid: class_activation, cross_entropy, .*dlr, .*margin"),
         (
             {"name": "cleverhans_pgd"},
             "--attack_name=cleverhans_pgd cannot craft training images; use one of: .*fgsm, fgsm_rs, .*pgd",

@@ -99,7 +99,7 @@ def test_steps_follow_the_gradient_of_the_distance(classifier, image):
         with tf.GradientTape() as tape:
             tape.watch(found)
             distance = tf.reduce_sum((features(found) - reference) ** 2)
-        stepped = found + 0.01 * tf.sign(tape.gradient(distance, found))
+        stepped = found + 0.01 * EPSILON / (8 / 255) * tf.sign(tape.gradient(distance, found))
         found = tf.clip_by_value(tf.clip_by_value(stepped, image - EPSILON, image + EPSILON), 0, 1)
     result = attack(classifier, image)
     np.testing.assert_allclose(result.image, found, atol=1e-5)

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from kerasdefense import losses
 from kerasdefense.attacks import (
+    FEATURE_DISTANCE,
     OBJECTIVES,
     PGD,
     TARGETED,
@@ -59,10 +60,10 @@ def test_objective_is_its_loss_on_the_context(name, expected):
 
 def test_objectives_are_all_tested_and_targeted_ones_need_something_to_go_to():
     untargeted = {"cross_entropy", "cross_entropy_x10", "cross_entropy_x50", "dlr", "kl_divergence", "margin"}
-    assert set(OBJECTIVES) == untargeted | set(TARGETED)
+    assert set(OBJECTIVES) == untargeted | {FEATURE_DISTANCE} | set(TARGETED)
     for name, objective in OBJECTIVES.items():
         context = {key: CONTEXT[key] for key in ("label", "logits")}
-        if name in TARGETED:
+        if name in (FEATURE_DISTANCE, *TARGETED):
             with pytest.raises(KeyError, match=r"target|reference"):
                 objective(logits_fn)(as_image(LOGITS), context)
         else:
