@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 
 from kerasdefense.evaluation.report import note, wilson
@@ -221,3 +222,16 @@ def digits_classifier():
     model.compile(keras.optimizers.Adam(0.01), loss=loss)
     model.fit(image[:1400], label[:1400], batch_size=100, epochs=6, shuffle=False, verbose=0)
     return Trained(model, image[1400:], label[1400:])
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Return a list of the figures that are saved, of which no file is made: that takes seconds."""
+    figures = []
+
+    def save(figure, path, **settings):
+        figures.append(figure)
+        path.touch()
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return figures

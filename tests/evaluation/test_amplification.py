@@ -1,8 +1,6 @@
 """The plot of errors that grow from layer to layer: what is drawn, and when there is nothing to draw."""
 
 import numpy as np
-import pytest
-from matplotlib.figure import Figure
 
 from kerasdefense.evaluation.amplification import errors_of, write_errors
 
@@ -15,19 +13,6 @@ FIRST = {
 }
 SECOND = {**FIRST, "error_01_conv": np.array([0.9, 0.9])}
 OF_OTHER_LAYERS = {"error_00_image": np.array([0.1]), "error_01_other": np.array([0.2])}
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """Return a list of the figures that are saved, of which no file is made."""
-    figures = []
-
-    def save(figure, path, **settings):
-        figures.append(figure)
-        path.touch()
-
-    monkeypatch.setattr(Figure, "savefig", save)
-    return figures
 
 
 def test_errors_are_told_from_other_figures_layer_by_layer():

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from kerasdefense.evaluation.geometry import Embeddings
 from kerasdefense.evaluation.plane import write_plane
@@ -10,19 +9,6 @@ from kerasdefense.evaluation.plane import write_plane
 NAMES = ("cat", "dog", "owl")
 CLEAN = np.array([[2, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -3, 0]], np.float32)
 LABEL = np.array([0, 0, 2, 2])
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """Return a list of the figures that are saved, of which no file is made: that takes seconds."""
-    figures = []
-
-    def save(figure, path, **settings):
-        figures.append(figure)
-        path.touch()
-
-    monkeypatch.setattr(Figure, "savefig", save)
-    return figures
 
 
 def test_both_panels_show_the_plane_of_the_clean_ones(tmp_path, drawn):
