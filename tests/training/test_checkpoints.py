@@ -108,9 +108,7 @@ def test_broken_checkpoint_falls_back_to_the_one_before(
 ):
     folder = broken_copy(uninterrupted, tmp_path, breaking)
     trained = []
-    monkeypatch.setattr(
-        fitting, "_fit", lambda run, splits, defense, first_epoch, callbacks: trained.append(first_epoch)
-    )
+    monkeypatch.setattr(fitting, "_fit", lambda run, splits, defense, first_epoch, *rest: trained.append(first_epoch))
     training.train(run, digits, folder)
     said = capsys.readouterr().err
     assert trained == [3] and "epoch-4 cannot be read" in said and "going back to the one before" in said
