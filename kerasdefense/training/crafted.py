@@ -76,7 +76,7 @@ def with_own_images(run: config.Run, splits: Splits) -> Splits:
 
 
 def make_crafted(
-    run: config.Run, splits: Splits, defense: Defense, folder: Path, strategy: tf.distribute.Strategy
+    run: config.Run, splits: Splits, crafter: Crafter, folder: Path, strategy: tf.distribute.Strategy
 ) -> Crafted:
     """Return the training images of a run as its method attacks them before training, from `folder` or into it.
 
@@ -86,7 +86,7 @@ def make_crafted(
     Args:
         run: the configuration.
         splits: `with_own_images`.
-        defense: whose `craft_before` is asked.
+        crafter: of the defense.
         folder: where the images are kept; made if need be.
         strategy: over whose replicas batches are divided.
 
@@ -95,11 +95,10 @@ def make_crafted(
             room for them.
     """
     index, shape = splits.train.index, (len(splits.train.index), *splits.image_shape)
-    settings = _settings(run, splits, defense, strategy)
+    settings = _settings(run, splits, crafter.defense, strategy)
     done = _read(folder, settings)
     state = {"settings": settings, "blocks": done}
     image = _open(folder, shape, state)
-    crafter = _crafter(defense, strategy)
     firsts = range(0, len(index), _BLOCK)
     if len(done) < len(firsts):
         print(f"attacking {len(index):,} training images once, into {folder}", file=sys.stderr)
@@ -117,33 +116,30 @@ def make_crafted(
     return Crafted(np.load(folder / IMAGES, mmap_mode="r"), index)
 
 
-def crafted_in_memory(run: config.Run, split: Split, defense: Defense, strategy: tf.distribute.Strategy) -> Crafted:
+def crafted_in_memory(run: config.Run, split: Split, crafter: Crafter) -> Crafted:
     """Return the images of a split, the validation one say, as a run's method attacks them before training."""
-    crafter = _crafter(defense, strategy)
     parts = [_attacked(crafter, block, run.train.batch_size) for block in split.batches(_BLOCK)]
     return Crafted(np.concatenate(parts), split.index)
 
 
-class _Crafter(keras.Model):
-    """What Keras predicts with: a defense that attacks, over all replicas."""
+class Crafter(keras.Model):
+    """What Keras predicts with: a defense whose `craft_before` is asked, over all replicas if it is made in their scope.
+
+    Args:
+        defense: whose images are attacked.
+    """
 
     def __init__(self, defense: Defense) -> None:
         super().__init__()
         self.defense = defense
+        self.compile()
 
     def predict_step(self, data: Any) -> tf.Tensor:
         """Return the attacked images of a batch."""
         return self.defense.craft_before(self.defense.unpack(data))
 
 
-def _crafter(defense: Defense, strategy: tf.distribute.Strategy) -> _Crafter:
-    with strategy.scope():
-        crafter = _Crafter(defense)
-        crafter.compile()
-    return crafter
-
-
-def _attacked(crafter: _Crafter, block: Mapping[str, tf.Tensor], batch_size: int) -> np.ndarray:
+def _attacked(crafter: Crafter, block: Mapping[str, tf.Tensor], batch_size: int) -> np.ndarray:
     attacked: np.ndarray = crafter.predict(tf.data.Dataset.from_tensor_slices(block).batch(batch_size), verbose=0)
     return attacked
 

@@ -24,7 +24,7 @@ from kerasdefense.files import replacing, write_json
 from kerasdefense.training.averages import ValidateAverages
 from kerasdefense.training.bank import check_bank, make_bank
 from kerasdefense.training.checkpoints import Checkpoints, differences, refuse, settings_of
-from kerasdefense.training.crafted import Crafted, crafted_in_memory, make_crafted, with_own_images
+from kerasdefense.training.crafted import Crafted, Crafter, crafted_in_memory, make_crafted, with_own_images
 from kerasdefense.training.optimizer import make_optimizer
 from kerasdefense.training.pictures import Pictures
 from kerasdefense.training.randomness import SeedEpochs, use_generators
@@ -194,8 +194,10 @@ def _train(
             crafted = None
             if defense.crafts_before(run.defense):
                 there = Path(run.defense.crafted).expanduser() if run.defense.crafted else own / "crafted"
-                in_training = make_crafted(run, splits, defense, there, strategy)
-                crafted = in_training, crafted_in_memory(run, splits.validation, defense, strategy)
+                with strategy.scope():
+                    crafter = Crafter(defense)
+                in_training = make_crafted(run, splits, crafter, there, strategy)
+                crafted = in_training, crafted_in_memory(run, splits.validation, crafter)
             callbacks = [select, checkpoints, *_displays(run, splits, own)]
             _fit(run, splits, defense, first_epoch, callbacks, crafted)
         else:

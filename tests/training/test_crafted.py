@@ -17,7 +17,7 @@ from kerasdefense.defenses import CAFD, Standard
 from kerasdefense.defenses.batch import Batch
 from kerasdefense.defenses.cafd import IMAGE_ADV
 from kerasdefense.training import crafted, fitting, mirrored
-from kerasdefense.training.crafted import IMAGES, STATE, make_crafted, with_own_images
+from kerasdefense.training.crafted import IMAGES, STATE, Crafter, make_crafted, with_own_images
 from kerasdefense.training.strategy import make_strategy
 from kerasdefense.types import InputError, UsageError
 
@@ -80,7 +80,10 @@ def defense_of(shift=0.0, **settings):
 
 def craft(run, splits, folder, defense=None):
     own = with_own_images(run, splits)
-    return make_crafted(run, own, defense or defense_of(), folder, make_strategy(run.train))
+    strategy = make_strategy(run.train)
+    with strategy.scope():
+        crafter = Crafter(defense or defense_of())
+    return make_crafted(run, own, crafter, folder, strategy)
 
 
 def images_of(splits):
@@ -231,10 +234,11 @@ def test_batches_hold_the_images_as_they_are_and_what_was_made_of_them(few, make
 
 
 def test_two_replicas_make_the_same_images(few, make_run, kept, tmp_path):
-    with mirrored(("/device:CPU:0", "/device:CPU:1")).scope():
-        defense = defense_of()
+    strategy = mirrored(("/device:CPU:0", "/device:CPU:1"))
+    with strategy.scope():
+        crafter = Crafter(defense_of())
     own = with_own_images(make_run(), few)
-    made = make_crafted(make_run(), own, defense, tmp_path, mirrored(("/device:CPU:0", "/device:CPU:1")))
+    made = make_crafted(make_run(), own, crafter, tmp_path, strategy)
     assert np.mean(np.abs(made.image - kept[1]) > 1e-5) < 0.01  # but for a gradient that rounding turns
 
 
