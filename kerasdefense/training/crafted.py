@@ -123,7 +123,7 @@ def crafted_in_memory(run: config.Run, split: Split, crafter: Crafter) -> Crafte
 
 
 class Crafter(keras.Model):
-    """What Keras predicts with: a defense whose `craft_before` is asked, over all replicas if it is made in their scope.
+    """What Keras predicts with: a defense whose `craft_before` is asked, over all replicas if made in their scope.
 
     Args:
         defense: whose images are attacked.
