@@ -187,7 +187,7 @@ def test_embedding_is_of_the_mean_of_the_feature_map_and_logits_its_affine_map(n
     if name in DENOISING:  # a dense layer, fresh batch normalisation, ReLU
         dense = model.get_layer("latent")
         mean = np.maximum((mean @ dense.kernel.numpy() + dense.bias.numpy()) / np.sqrt(1 + 1e-5), 0)
-    np.testing.assert_allclose(outputs["embedding"], mean, atol=1e-6)
+    np.testing.assert_allclose(outputs["embedding"], mean, rtol=1e-5, atol=1e-5)
     expected = outputs["embedding"] @ logits.kernel.numpy() + logits.bias.numpy()
     np.testing.assert_allclose(outputs["logits"], expected, rtol=1e-5, atol=1e-5)
 
