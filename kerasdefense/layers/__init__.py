@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from kerasdefense.layers.denoising import DENOISERS, DualAttention, NonLocal
+from kerasdefense.layers.gate import Gate
 from kerasdefense.layers.logits import Logits
 from kerasdefense.layers.orthogonal import OrthogonalHead
+from kerasdefense.layers.random_transform import RandomTransform
 from kerasdefense.layers.rotation import rotate
 
-__all__ = ["DENOISERS", "DualAttention", "Logits", "NonLocal", "OrthogonalHead", "rotate"]
+__all__ = ["DENOISERS", "DualAttention", "Gate", "Logits", "NonLocal", "OrthogonalHead", "RandomTransform", "rotate"]
