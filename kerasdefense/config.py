@@ -179,7 +179,7 @@ class Defense:
     )
     classifier: str = _field(
         "",
-        "classifier that cafd defends: a .keras or .h5 file, a SavedModel folder of Keras or a published folder; empty "
+        "classifier that cafd or atop defends: a .keras or .h5 file, a SavedModel folder of Keras or a published folder; empty "
         "= train one first, as the backbone flags describe it, in classifier/ of the run directory",
     )
     classifier_epochs: int = _field(0, "epochs of that training; 0 = as many as --train_epochs", low=0)
@@ -212,13 +212,58 @@ class Defense:
         -1.0, "decay of kernels by their gradients; -1 = the method's own (cafd 0.0002), 0 = none", low=-1
     )
     denoiser_width: int = _field(64, "channels of the first stage of cafd's denoiser", low=1)
-    critic_width: int = _field(32, "channels of the first stage of its critic", low=1)
+    critic_width: int = _field(32, "channels of the first stage of the critic (cafd, atop)", low=1)
     crafted: str = _field(
         "", "folder of the images that cafd attacks once before training; empty = crafted/ of the run directory"
     )
     crafted_examples: int = _field(
         0, "training images, chosen by the seed, that are attacked and trained on then; 0 = all", low=0
     )
+    rt: int = _field(
+        2,
+        "random transform before atop's purifier: 1 = blocks left out, 2 = noise and blocks left out, 3 = noise and "
+        "every block left out in turn, 0 = none",
+        low=0,
+        high=3,
+    )
+    sigma: float = _field(0.25, "standard deviation of its noise, images in [0, 1]", low=0)
+    missing_rate: float = _field(0.25, "share of blocks that it leaves out, in [0, 1)", low=0, high=1)
+    block_size: int = _field(
+        0, "pixels along the side of a block, which must divide the image; 0 = an eighth of its side", low=0
+    )
+    masks: int = _field(4, "passes of the third transform, which share the blocks", low=2)
+    mask_scope: str = _field(
+        "image", "leave out other blocks of each image, or of each batch as atop's authors do", ("image", "batch")
+    )
+    purifier: str = _field(
+        "",
+        "purifier that atop tunes: a .keras file, run directory or published folder of atop, or a Keras model from "
+        "[image, mask] to coarse and refined; empty = pre-train one first, in purifier/ of the run directory",
+    )
+    purifier_name: str = _field("gated_unet", "its architecture, a key of PURIFIERS")
+    purifier_width: int = _field(0, "its width; 0 = the architecture's own", low=0)
+    pretrain_epochs: int = _field(-1, "epochs of that training; -1 = as many as --train_epochs, 0 = none", low=-1)
+    attack_through: str = _field(
+        "pipeline",
+        "what atop's training attacks: the classifier alone, the whole pipeline under one draw of noise, or "
+        "(pipeline-eot) the mean over --defense_eot_draws",
+        ("classifier", "pipeline", "pipeline-eot"),
+    )
+    eot_draws: int = _field(2, "draws of pipeline-eot", low=1)
+    share_noise: bool = _field(True, "atop's update takes the noise that its attack saw, not another draw")
+    lam_ce: float = _field(
+        -1.0,
+        "weight of the classifier's cross-entropy in atop; -1 = the method's own (0.1), 0 = pre-train the purifier only",
+        low=-1,
+    )
+    lam_l1: float = _field(-1.0, "weight of the distance of pixels; -1 = the method's own (atop 2)", low=-1)
+    lam_gan: float = _field(
+        -1.0, "weight of the critic's judgement; -1 = the method's own (atop 0.01), 0 = no critic", low=-1
+    )
+    recon_input: str = _field("adv", "images that atop learns to restore: attacked or clean ones", ("adv", "clean"))
+    recon_target: str = _field("clean", "what they should be restored to", ("clean", "adv"))
+    votes: int = _field(1, "draws whose mean probabilities are atop's answer", low=1)
+    validation_draws: int = _field(8, "draws over which atop's validation attack follows the mean", low=1)
     awp_gamma: float = _field(
         0.0, "adversarial weight perturbation relative to each kernel's norm, 0.005 for instance; 0 = none", low=0
     )

@@ -22,6 +22,7 @@ from kerasdefense.backbones.orthogonal import orthogonal_head, with_orthogonal_h
 from kerasdefense.backbones.own import as_backbone, fitted, load, read
 from kerasdefense.backbones.plain import small_cnn
 from kerasdefense.backbones.precision import in_precision, precision_of, with_precision
+from kerasdefense.backbones.purification import Purification, purified
 from kerasdefense.backbones.resnet import bottleneck_resnet, cifar_resnet, resnet18
 from kerasdefense.backbones.unet import purifier, residual_unet
 from kerasdefense.backbones.vgg import vgg19

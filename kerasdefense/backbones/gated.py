@@ -13,13 +13,14 @@ from kerasdefense.types import UsageError
 def gated_unet(image_shape: ImageShape, *, width: int = 24) -> keras.Model:
     """Return a U-Net of gated convolutions from an image with missing blocks, and where they are, to a whole image.
 
-    Five levels' worth of 3x3 convolutions: `width // 3` channels at the image's size, `width` at half and `2 width` at
-    a quarter of it, two convolutions each on the way down, and on the way up one of the level below, resized to the
-    nearest, and added to what passed down there.
+    All features are at half the image's size, `width` channels, and at a quarter of it, `2 width`: a 5x5 convolution
+    with stride 2 and a 3x3 one; the same again, both 3x3; on the way up one of what is below, resized to the nearest,
+    to which what passed down there is added, and one of the sum. A transposed 4x4 convolution with stride 2 and a
+    sigmoid make the image.
 
     Args:
         image_shape: (height, width, channels) of any size; sides that cannot be halved are rounded up.
-        width: channels at half the image's size, at least 3.
+        width: channels at half the image's size, at least 1.
 
     Returns:
         Model as `begin` and `end` describe it.
@@ -30,15 +31,21 @@ def gated_unet(image_shape: ImageShape, *, width: int = 24) -> keras.Model:
     Source: none; gates as in Yu et al. 2019, "Free-form image inpainting with gated convolution". Deviations: does not
     apply.
     """
-    if width < 3:
-        raise UsageError(f"the width of a purifier must be at least 3, not {width}")
+    if width < 1:
+        raise UsageError(f"the width of a purifier must be at least 1, not {width}")
     inputs, tensor = begin(image_shape)
-    full = gated(tensor, width // 3, name="down1_1")
-    half = gated(gated(full, width, stride=2, name="down2_1"), width, name="down2_2")
-    low = gated(gated(half, 2 * width, stride=2, name="down3_1"), 2 * width, name="down3_2")
-    half = _up(low, half, width, name="up2")
-    full = _up(half, full, width // 3, name="up1")
-    restored = head(full, image_shape[-1], name="restored")
+    half = gated(gated(tensor, width, 5, stride=2, name="down1_1"), width, name="down1_2")
+    low = gated(gated(half, 2 * width, stride=2, name="down2_1"), 2 * width, name="down2_2")
+    up = gated(resized(low, half, name="up_resize"), width, name="up_1")
+    up = gated(keras.layers.Add(name="up_sum")([up, half]), width, name="up_2")
+    last = keras.layers.Conv2DTranspose(
+        image_shape[-1], 4, strides=2, padding="same", activation="sigmoid", dtype="float32", name="restored"
+    )
+    restored = last(up)
+    rows, columns = (made - side for made, side in zip(restored.shape[1:3], image_shape))
+    if rows or columns:
+        crop = keras.layers.Cropping2D(((0, rows), (0, columns)), dtype="float32", name="restored_crop")
+        restored = crop(restored)
     return end(inputs, restored, restored, name="gated_unet")
 
 
@@ -84,8 +91,3 @@ def head(tensor: Tensor, channels: int, *, name: str) -> Tensor:
 def resized(tensor: Tensor, like: Tensor, *, name: str) -> Tensor:
     """Return features resized to the nearest, to the size of others."""
     return keras.layers.Resizing(*like.shape[1:3], interpolation="nearest", name=name)(tensor)
-
-
-def _up(tensor: Tensor, skip: Tensor, filters: int, *, name: str) -> Tensor:
-    tensor = gated(resized(tensor, skip, name=f"{name}_resize"), filters, name=name)
-    return keras.layers.Add(name=f"{name}_sum")([tensor, skip])

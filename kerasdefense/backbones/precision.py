@@ -17,9 +17,10 @@ def with_precision(model: keras.Model, precision: str, *, but: str = "") -> kera
     Args:
         model: backbone, or any functional model.
         precision: one of PRECISIONS.
-        but: name of the layer that stays as it is; empty = the one that gives a backbone's logits.
+        but: name of the layer that stays as it is; empty = the one that gives a backbone's logits, or a purifier's
+            refined images.
     """
-    kept = but or _logits_layer(model).name
+    kept = but or _last_layer(model).name
     recast = type(model).from_config(in_precision(model.get_config(), precision, but=kept))
     recast.set_weights(model.get_weights())
     blocks.synchronize_alike(recast, model)
@@ -50,10 +51,11 @@ def in_precision(config: Any, precision: str, *, but: str = "") -> Any:
     }
 
 
-def _logits_layer(model: keras.Model) -> keras.layers.Layer:
-    """Return the layer that gives the logits, in whatever model it is nested."""
-    layer = model.output["logits"]._keras_history.layer
-    return _logits_layer(layer) if isinstance(layer, keras.Model) else layer
+def _last_layer(model: keras.Model) -> keras.layers.Layer:
+    """Return the layer that gives the logits, or the refined images, in whatever model it is nested."""
+    output = model.output["logits"] if "logits" in model.output else model.output["refined"]
+    layer = output._keras_history.layer
+    return _last_layer(layer) if isinstance(layer, keras.Model) else layer
 
 
 def _replaced(dtype: Any, precision: str) -> Any:

@@ -13,6 +13,7 @@ from kerasdefense import attacks, config, losses
 from kerasdefense.attacks import PGD
 from kerasdefense.defenses.adversarial_training import FGSMRSAT, PGDAT
 from kerasdefense.defenses.agkd_bml import AGKDBML
+from kerasdefense.defenses.atop import AToP
 from kerasdefense.defenses.bank import ExampleBank
 from kerasdefense.defenses.base import ADVERSARIAL_ACCURACY, CLEAN_ACCURACY, Defense
 from kerasdefense.defenses.cafd import CAFD
@@ -29,6 +30,7 @@ from kerasdefense.types import UsageError, look_up
 
 DEFENSES: dict[str, type[Defense]] = {
     "agkd_bml": AGKDBML,
+    "atop": AToP,
     "cafd": CAFD,
     "dfa": DFA,
     "dfa_at": DFAAT,
@@ -151,6 +153,7 @@ __all__ = [
     "OSDNCAML",
     "PGDAT",
     "TRADES",
+    "AToP",
     "Defense",
     "ExampleBank",
     "Mixup",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Optional
 
@@ -186,21 +184,7 @@ class CAFD(Defense):
     @classmethod
     def stages(cls, run: config.Run) -> tuple[Stage, ...]:
         """Return the training of the classifier, on clean images."""
-        own = run.defense
-        if own.classifier and own.classifier_epochs:
-            raise UsageError(
-                "--defense_classifier_epochs is for a classifier that is trained; leave it or --defense_classifier out"
-            )
-        epochs = own.classifier_epochs or run.train.epochs
-        of_classifier = dataclasses.replace(
-            run,
-            defense=config.Defense(),
-            attack=config.Attack(norm=run.attack.norm, epsilon=run.attack.epsilon),
-            train=dataclasses.replace(run.train, epochs=epochs, validate_every=min(run.train.validate_every, epochs)),
-        )
-        names = {"pooling_layer": run.backbone.pooling_layer, "logits_layer": run.backbone.logits_layer}
-        take = functools.partial(backbones.as_backbone, **(names if own.classifier else {}))
-        return (Stage("classifier", of_classifier, take=take, saved=own.classifier, must_know=True),)
+        return (teaching.classifier_stage(run),)
 
     @classmethod
     def crafts_before(cls, own: config.Defense) -> bool:

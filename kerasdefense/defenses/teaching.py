@@ -1,12 +1,15 @@
-"""A frozen teacher beside the student that a defense trains: what it must be, and where both of them look."""
+"""Frozen networks beside those that a defense trains: a student's teacher, and a classifier behind a purifier."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 
 import keras
 
-from kerasdefense import backbones
+from kerasdefense import backbones, config
+from kerasdefense.defenses.stage import Stage
 from kerasdefense.types import InputError, UsageError
 
 
@@ -16,6 +19,29 @@ def frozen_copy(network: keras.Model) -> keras.Model:
     copy.set_weights(network.get_weights())
     copy.trainable = False
     return copy
+
+
+def classifier_stage(run: config.Run) -> Stage:
+    """Return the training, on clean images, of the classifier that a run puts a purifier before.
+
+    Raises:
+        UsageError: epochs are given for a classifier that is not trained.
+    """
+    own = run.defense
+    if own.classifier and own.classifier_epochs:
+        raise UsageError(
+            "--defense_classifier_epochs is for a classifier that is trained; leave it or --defense_classifier out"
+        )
+    epochs = own.classifier_epochs or run.train.epochs
+    of_classifier = dataclasses.replace(
+        run,
+        defense=config.Defense(),
+        attack=config.Attack(norm=run.attack.norm, epsilon=run.attack.epsilon),
+        train=dataclasses.replace(run.train, epochs=epochs, validate_every=min(run.train.validate_every, epochs)),
+    )
+    names = {"pooling_layer": run.backbone.pooling_layer, "logits_layer": run.backbone.logits_layer}
+    take = functools.partial(backbones.as_backbone, **(names if own.classifier else {}))
+    return Stage("classifier", of_classifier, take=take, saved=own.classifier, must_know=True)
 
 
 def teacher_for(student: keras.Model, teacher: keras.Model) -> keras.Model:

@@ -6,7 +6,17 @@ from kerasdefense.layers.denoising import DENOISERS, DualAttention, NonLocal
 from kerasdefense.layers.gate import Gate
 from kerasdefense.layers.logits import Logits
 from kerasdefense.layers.orthogonal import OrthogonalHead
-from kerasdefense.layers.random_transform import RandomTransform
+from kerasdefense.layers.random_transform import RandomTransform, fresh_seeds
 from kerasdefense.layers.rotation import rotate
 
-__all__ = ["DENOISERS", "DualAttention", "Gate", "Logits", "NonLocal", "OrthogonalHead", "RandomTransform", "rotate"]
+__all__ = [
+    "DENOISERS",
+    "DualAttention",
+    "Gate",
+    "Logits",
+    "NonLocal",
+    "OrthogonalHead",
+    "RandomTransform",
+    "fresh_seeds",
+    "rotate",
+]
