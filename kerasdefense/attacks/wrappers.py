@@ -12,6 +12,8 @@ from kerasdefense.types import PathFn
 
 ImageFn = Callable[[tf.Tensor], tf.Tensor]
 """A function from a batch of images, or of anything else, to another."""
+FIXED_NOISE = "fixed_noise"
+"""The path that `fixed_noise` makes of a model's exact one, where a model lists it."""
 
 
 def bpda(forward: ImageFn, backward: ImageFn = tf.identity) -> ImageFn:

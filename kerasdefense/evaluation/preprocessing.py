@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from kerasdefense.attacks.wrappers import bpda
+from kerasdefense.attacks.wrappers import FIXED_NOISE, bpda, fixed_noise
 from kerasdefense.backbones.own import read
 from kerasdefense.defenses.purifying import Purify, purified_paths
 from kerasdefense.evaluation import digests, interfaces
@@ -32,9 +32,10 @@ class Preprocessor(NamedTuple):
     Attributes:
         name: what it may be called in a report.
         digest: tells it from others.
-        purify: `purify(image, seed) -> image`, a function of the image alone.
+        purify: `purify(image, seed) -> image`, a function of the image, and of the seed where it draws at random.
         is_differentiable: whether it has a useful gradient.
         image_shape: height, width and channels of the images that it takes; None where any will do.
+        is_randomised: whether it draws at random.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Preprocessor(NamedTuple):
     purify: Purify
     is_differentiable: bool = True
     image_shape: interfaces.Shape = interfaces.UNKNOWN
+    is_randomised: bool = False
 
 
 def preprocessor(name: str) -> Preprocessor:
@@ -49,7 +51,8 @@ def preprocessor(name: str) -> Preprocessor:
 
     Args:
         name: a Keras model from images in [0, 1] to images of the same shape in [0, 1] (a file, or a folder), which is
-            called in inference mode, and through which gradients flow. `jpeg`: JPEG of quality 75 and back.
+            called in inference mode, and through which gradients flow; one whose `is_randomized` is true draws by the
+            argument `seed` of its call, int32 [n, 2]. `jpeg`: JPEG of quality 75 and back.
             `total_variance`: a third of the pixels is kept, drawn once for all images, and the others are filled in
             with little total variance; each image is a minimisation of its own, some milliseconds at 32 x 32 pixels,
             and so each step of an attack on a thousand images takes many seconds. These two have no gradient.
@@ -70,10 +73,14 @@ def preprocessor(name: str) -> Preprocessor:
     path = Path(name).expanduser()
     try:
         model = read(path)
-        image_shape = interfaces.image_shape_of(interfaces.inputs_of(model))
+        is_randomised = bool(getattr(model, "is_randomized", False))
+        inputs = interfaces.inputs_of(model)
+        image_shape = interfaces.image_shape_of(inputs and inputs[:1] if is_randomised else inputs)
     except InputError as error:
         raise InputError(f"{_FLAG}={name}: {error}") from error
-    return Preprocessor(name_of(path), digests.of_file(path), _by_model(model), image_shape=image_shape)
+    purify = _by_random_model(model) if is_randomised else _by_model(model)
+    told: dict[str, Any] = {"image_shape": image_shape, "is_randomised": is_randomised}
+    return Preprocessor(name_of(path), digests.of_file(path), purify, **told)
 
 
 def check_preprocessor(given: Preprocessor, image: np.ndarray) -> None:
@@ -99,6 +106,7 @@ def preprocessed(model: Loaded, given: Preprocessor) -> Loaded:
 
     Its paths are those of `purified_paths` around the model's own exact path, its activations go the whole way, `bare`
     are those of the model alone. What the model tells of its inside, and other paths of its own, are left behind.
+    With a preprocessor that draws at random there is the path `fixed_noise` too, and no activations are told.
 
     Raises:
         UsageError: the model draws at random.
@@ -114,11 +122,16 @@ def preprocessed(model: Loaded, given: Preprocessor) -> Loaded:
         return given.purify(image, _no_seed(image))
 
     follow = purify if given.is_differentiable else bpda(purify)
+    paths = purified_paths(logits_fn, given.purify, is_differentiable=given.is_differentiable)
+    told = None if activations is None or given.is_randomised else lambda image: activations(follow(image))
+    if given.is_randomised:
+        paths[FIXED_NOISE] = fixed_noise(paths["exact"])
     return model._replace(
-        attack_paths=purified_paths(logits_fn, given.purify, is_differentiable=given.is_differentiable),
+        attack_paths=paths,
+        is_randomised=given.is_randomised or model.is_randomised,
         name=f"{given.name}+{model.name}",
         digest=hashlib.sha256(f"{given.digest} {model.digest}".encode()).hexdigest(),
-        activations=None if activations is None else lambda image: activations(follow(image)),
+        activations=told,
         bare=activations,
         internals=None,
     )
@@ -188,6 +201,10 @@ def _by_model(model: keras.Model) -> Purify:
         return model(image, training=False)
 
     return purify
+
+
+def _by_random_model(model: keras.Model) -> Purify:
+    return lambda image, seed: model(image, training=False, seed=seed)
 
 
 def _no_seed(image: tf.Tensor) -> tf.Tensor:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kerasdefense.evaluation import Loaded, as_paths, check_fits, preprocessing
+from kerasdefense.evaluation import Loaded, as_paths, check_fits, preprocessing, randomised
+from kerasdefense.evaluation.search import Chunk
+from kerasdefense.layers import RandomTransform
 from kerasdefense.types import InputError, UsageError
 
 IMAGE = np.random.default_rng(0).integers(0, 256, [6, 8, 8, 1]).astype(np.float32) / 255
@@ -114,6 +116,49 @@ def test_what_makes_no_images_is_refused_in_one_line(layers, shape, message, tmp
     with pytest.raises(InputError, match=message) as raised:
         preprocessing.check_preprocessor(given, IMAGE)
     assert "\n" not in str(raised.value) and "preprocessor bad" in str(raised.value)
+
+
+@keras.saving.register_keras_serializable(package="kerasdefense_tests")
+class Hides(keras.Model):
+    """Leaves out blocks at random, and blurs what is left."""
+
+    is_randomized = True
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.transform = RandomTransform(1, missing_rate=0.5, block_size=2)
+        self.blur = keras.layers.AveragePooling2D(3, 1, "same")
+
+    def call(self, image, training=False, seed=None):
+        return self.blur(self.transform(image, seed)[0])
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+def test_model_behind_a_file_that_draws_at_random_draws_by_seeds(tmp_path):
+    hides = Hides()
+    hides(IMAGE, seed=SEED)
+    hides.save(tmp_path / "hides.keras")
+    given = preprocessing.preprocessor(str(tmp_path / "hides.keras"))
+    assert given.is_randomised
+    preprocessing.check_preprocessor(given, IMAGE)
+    model = as_paths(classifier())
+    behind = preprocessing.preprocessed(model, given)
+    assert behind.is_randomised and behind.activations is None and behind.features is None
+    assert set(behind.attack_paths) == {"exact", "bpda_identity", "oblivious", "fixed_noise"}
+    seed = tf.constant(np.arange(2 * len(IMAGE)).reshape(-1, 2), tf.int32)
+    image, plain = tf.constant(IMAGE), model.attack_paths["exact"]
+    for name in ("exact", "bpda_identity"):
+        expected = plain(hides(image, seed=seed), seed)
+        np.testing.assert_allclose(tf.function(behind.attack_paths[name])(image, seed), expected, atol=1e-5)
+    still = plain(hides(image, seed=tf.ones_like(seed)), seed)
+    np.testing.assert_allclose(behind.attack_paths["fixed_noise"](image, seed), still, atol=1e-5)
+    np.testing.assert_allclose(behind.attack_paths["oblivious"](image, seed), plain(image, seed), atol=1e-6)
+    chunk = Chunk(IMAGE, np.zeros(len(IMAGE), np.int32), np.arange(len(IMAGE), dtype=np.int32))
+    assert randomised.look(behind.attack_paths["exact"], chunk, seed=0) == {"differs": True, "keyed": True}
+    with pytest.raises(UsageError, match="needs a model that draws nothing at random"):
+        preprocessing.preprocessed(behind, given)
 
 
 def test_file_that_is_not_there_and_model_that_draws_are_refused(tmp_path, denoiser):
