@@ -77,6 +77,7 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
         alone=wanted.alone,
         is_randomised=model.is_randomised,
         sanity_examples=wanted.sanity_examples,
+        long_examples=wanted.long_examples,
         features=model.features,
         class_activation=model.class_activation,
         look_outside=wanted.unseen,

@@ -358,6 +358,12 @@ class Evaluate:
     sanity_examples: int = _field(
         128, "test images for the sanity battery and the security curve, from the first on; 0 = neither", low=0
     )
+    long_examples: int = _field(
+        128,
+        "test images, from the first on, for the long attacks on models that draw at random, R3, R4 and R5 of their "
+        "protocol; 0 = all",
+        low=0,
+    )
     open_set: bool = _field(
         False, "measure detectors on the unknown classes that --data_open_set_split leaves, also under attack"
     )

@@ -96,7 +96,12 @@ def evaluate(run: config.Run, splits: Splits, console: Console) -> dict[str, Any
         model = preprocessing.preprocessed(model, given)
     results = assess.assess(run, splits, model)
     console.print(evaluation.table(results, f"{model.name} on {splits.name}"))
-    makers = (internals.internals_table, nonadaptive.nonadaptive_table, oblivious.oblivious_table)
+    makers = (
+        evaluation.randomised_table,
+        internals.internals_table,
+        nonadaptive.nonadaptive_table,
+        oblivious.oblivious_table,
+    )
     for each in filter(None, (*open_set.open_set_tables(results), *(make(results) for make in makers))):
         console.print(each)
     for line in (*evaluation.sanity_lines(results), *evaluation.unseen_lines(results)):

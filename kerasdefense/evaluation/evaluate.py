@@ -20,12 +20,23 @@ from kerasdefense.evaluation.report import accuracy_interval
 from kerasdefense.evaluation.robustness import Measured, Options, measure
 from kerasdefense.evaluation.sanity import battery, security_curve
 from kerasdefense.evaluation.search import FEATURES, Chunk, ExactPath
-from kerasdefense.evaluation.suites import EOT_DRAWS, SUITES, SURROGATE, PlannedAttack, Suite, ThreatModel
+from kerasdefense.evaluation.suites import (
+    AVERAGED,
+    EOT_DRAWS,
+    FEW,
+    SUITES,
+    SURROGATE,
+    PlannedAttack,
+    Suite,
+    ThreatModel,
+)
 from kerasdefense.evaluation.unseen import unseen
 from kerasdefense.types import InputError, PathFn, UsageError, look_up
 
 SANITY_EXAMPLES, RANDOM_SANITY_EXAMPLES = 128, 32
 """Images on which the sanity battery and the security curve are measured; the second where every answer takes draws."""
+LONG_EXAMPLES = 128
+"""Images that the long attacks on models that draw at random meet."""
 _LOOK = 64
 DEFAULT_OPTIONS = Options()
 
@@ -40,6 +51,7 @@ def evaluate(
     alone: bool = False,
     is_randomised: Optional[bool] = None,
     sanity_examples: int = SANITY_EXAMPLES,
+    long_examples: int = LONG_EXAMPLES,
     features: Optional[Callable[[tf.Tensor], tf.Tensor]] = None,
     class_activation: Optional[Callable[[tf.Tensor], tf.Tensor]] = None,
     look_outside: bool = False,
@@ -57,8 +69,10 @@ def evaluate(
         suite: key of SUITES, or planned attacks of that threat model.
         options: how images are attacked. `cascade` and `is_randomised` are set here.
         alone: run every attack on every image that is right clean, also where the suite spares those that have fallen.
-        is_randomised: whether the model draws at random; None = find out. It then gets the protocol for such models.
+        is_randomised: whether the model draws at random; None = find out. It then gets the protocol for such models in
+            place of a suite's attacks, as the suite says.
         sanity_examples: images for the sanity battery and the security curve, from the first on; 0 = neither.
+        long_examples: images, from the first on, for R3, R4 and R5 of that protocol; 0 = all.
         features: `features(image) -> [n, d]`, what enters the last layer; for attacks that match it, which do not run
             without, and for S16, which else looks at the logits.
         class_activation: `class_activation(image) -> [n, h, w, c]`, the class activation features of the path `exact`;
@@ -77,7 +91,7 @@ def evaluate(
             a journal of another evaluation.
         UsageError: no path `exact`, an empty or mixed suite, an illegal radius or option.
     """
-    _check(attack_paths, threat_model, options)
+    _check(attack_paths, threat_model, options, long_examples)
     dataset = as_batches(data)
     few = first_images(dataset, min(options.examples or _LOOK, _LOOK))
     classes = check_paths(attack_paths, few, options)
@@ -86,10 +100,13 @@ def evaluate(
     flags = {} if is_randomised is False else randomised.look(exact, few, seed=options.seed)
     is_random = flags["differs"] if is_randomised is None else is_randomised
     chosen = _chosen(suite, threat_model, classes)
-    plan = chosen.plan(*threat_model, classes)
-    has_protocol = is_random and isinstance(suite, str) and suite != "quick"
-    if is_random:
-        plan = randomised.plan(*threat_model, classes) if has_protocol else randomised.averaged(plan)
+    has_protocol = is_random and chosen.on_random != AVERAGED
+    asked: dict[str, Any] = {"long_examples": long_examples, "few": chosen.on_random == FEW}
+    if has_protocol:
+        plan = randomised.plan(*threat_model, classes, paths=tuple(attack_paths), **asked)
+    else:
+        plan = chosen.plan(*threat_model, classes)
+        plan = randomised.averaged(plan) if is_random else plan
     options = dataclasses.replace(
         options, cascade=chosen.cascade and not alone and not has_protocol, is_randomised=is_random
     )
@@ -111,9 +128,10 @@ def evaluate(
             results["sanity"] = battery(radii, chosen.checks, measured)
             if look_outside:
                 results["unseen"] = unseen(subject)
-            if has_protocol:
-                blocks = measured.journal.blocks()
-                results["randomised"] = randomised.protocol(subject, blocks, results["attacks"], flags)
+        if has_protocol and measured.complete:
+            model = randomised.RandomModel(exact, dataset, threat_model, classes, options, **asked)
+            blocks = measured.journal.blocks()
+            results["randomised"] = randomised.protocol(model, blocks, results["attacks"], flags)
     results["trusted"] = all(item["status"] != "fail" for item in results["sanity"] if item["gates"])
     return results
 
@@ -201,10 +219,10 @@ def _chosen(suite: Union[str, Sequence[PlannedAttack]], threat_model: ThreatMode
     for planned in suite:
         if (planned.attack.norm, planned.attack.epsilon) != tuple(threat_model):
             raise UsageError(f"attack {planned.name} is not of the threat model {tuple(threat_model)}")
-    return Suite(lambda *_: tuple(suite), False, SUITES["quick"].checks, "attacks of your own choice")
+    return Suite(lambda *_: tuple(suite), False, SUITES["quick"].checks, "attacks of your own choice", AVERAGED)
 
 
-def _check(attack_paths: Mapping[str, PathFn], threat_model: ThreatModel, options: Options) -> None:
+def _check(attack_paths: Mapping[str, PathFn], threat_model: ThreatModel, options: Options, long_examples: int) -> None:
     if "exact" not in attack_paths:
         raise UsageError(
             f"an evaluation needs the path 'exact', the whole defended path; given: {sorted(attack_paths)}"
@@ -215,3 +233,5 @@ def _check(attack_paths: Mapping[str, PathFn], threat_model: ThreatModel, option
     if options.chunk_size < 1 or options.examples < 0 or options.minutes < 0:
         given = f"{options.chunk_size}, {options.examples} and {options.minutes}"
         raise UsageError(f"chunk_size must be at least 1, examples and minutes at least 0, not {given}")
+    if long_examples < 0:
+        raise UsageError(f"long_examples must be at least 0, not {long_examples}")

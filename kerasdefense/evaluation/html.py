@@ -16,7 +16,7 @@ import jinja2
 from kerasdefense.evaluation.examples import Examples, choose_examples, data_uri
 from kerasdefense.evaluation.examples import pictures as pictures_of
 from kerasdefense.evaluation.open_set.page import unknown_images
-from kerasdefense.evaluation.report import left_by, radius
+from kerasdefense.evaluation.report import left_by, radius, randomised_rows, suite_words
 from kerasdefense.evaluation.suites import SUITES
 from kerasdefense.files import write_text
 
@@ -45,14 +45,6 @@ _OPTIONAL: Mapping[str, Any] = {
     "versions": {},
     "seed": None,
     "model": None,
-}
-_PROTOCOL = {
-    "R1_fixed_noise": "AutoAttack standard on the model with its draw held fixed",
-    "R2_autoattack_rand": "AutoAttack rand, on the mean over draws",
-    "R3_pgd200_eot": "a long PGD on the mean over draws",
-    "R4_square": "Square on the mean over draws",
-    "R5_scaling": "PGD by the number of draws it averages over",
-    "R6_fresh_draws": "fresh draws on the worst images found",
 }
 
 
@@ -94,7 +86,7 @@ def write_report(
         banners=list(_banners(known)),
         curve=_curve(known["curve"], threat),
         seconds=sum(attack["seconds"] for attack in known["attacks"]),
-        randomised=list(_protocol(known["randomised"] or {})),
+        randomised=list(randomised_rows(known)),
         examples=[] if images is None else list(pictures_of(images, threat)),
         unknown=unknown_images(known["open_set"], pictures),
         embedding=picture and data_uri(picture.read_bytes()),
@@ -104,10 +96,9 @@ def write_report(
 
 
 def _suite_words(results: Mapping[str, Any]) -> str:
-    """Return what ran, in words; a model that draws at random gets attacks of its own from all suites but quick."""
-    if results["flags"].get("randomised") and results["suite"] != "quick":
-        return "the protocol for models that draw at random, in place of the suite's attacks"
-    return SUITES[results["suite"]].words if results["suite"] in SUITES else ""
+    """Return what ran, in words."""
+    suite = results["suite"]
+    return suite_words(suite, is_random=bool(results["flags"].get("randomised"))) if suite in SUITES else ""
 
 
 class _Banner(NamedTuple):
@@ -184,23 +175,6 @@ def _labelled(dots: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         if all(abs(dot["left"] - other["left"]) >= width for other, width in zip(taken, widths)):
             taken.append(dot)
     return taken
-
-
-def _protocol(block: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a row per figure of the protocol for models that draw at random."""
-    for key, found in block.items():
-        if not key.startswith("R"):
-            continue
-        if isinstance(found, Mapping) and "value" not in found:
-            parts = [(name.replace("_", " "), each) for name, each in found.items()]
-        elif isinstance(found, Sequence):
-            parts = [(f"draws: {each['draws']}", each) for each in found]
-        else:
-            parts = [("", found)]
-        for part, each in parts:
-            figure = each if isinstance(each, Mapping) else {"value": each}
-            name, words = key.partition("_")[0], _PROTOCOL.get(key, key.partition("_")[2].replace("_", " "))
-            yield {"id": name, "asks": words, "part": part, "n": None, "ci95": None, **figure}
 
 
 def _sections(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

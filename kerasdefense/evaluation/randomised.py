@@ -13,21 +13,62 @@ from typing import Any, Callable, Optional
 import numpy as np
 import tensorflow as tf
 
-from kerasdefense.attacks import PGD, Iterative, Square, seeds
-from kerasdefense.attacks.wrappers import draws_of, fixed_noise
+from kerasdefense.attacks import APGD, FGSM, PGD, Iterative, Square, seeds
+from kerasdefense.attacks.wrappers import FIXED_NOISE, draws_of, fixed_noise
+from kerasdefense.defenses.purifying import BPDA, OBLIVIOUS
 from kerasdefense.evaluation.journal import Arrays
-from kerasdefense.evaluation.probes import Subject
 from kerasdefense.evaluation.report import accuracy_interval
+from kerasdefense.evaluation.robustness import Measured, Options, measure
 from kerasdefense.evaluation.search import Chunk, compiled
-from kerasdefense.evaluation.suites import EOT_DRAWS, SUITES, PlannedAttack
+from kerasdefense.evaluation.suites import AIDS, EOT_DRAWS, EXACT, SUITES, SURROGATE, PlannedAttack, ThreatModel
 from kerasdefense.types import PathFn
 
-SCALING = (1, 5, 20, 64, 128)
+SCALING = (1, 5, 20, 64)
 """Draws over which R5 looks whether more of them break more."""
+_MORE_DRAWS, _FALLS = 128, 0.01
+"""Draws that R5 looks at besides where the last step of SCALING lowered accuracy by so much."""
+_FEW_DRAWS = 10
 _LOOKS = 5
 _FINAL_DRAWS, _ANY_OF = 20, 10
 _R3_STEP = 0.007 / (8 / 255)
 """The step of R3 relative to the radius."""
+_KNOWN = (EXACT, OBLIVIOUS, BPDA, FIXED_NOISE)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomModel:
+    """A model that draws at random, with what its figures R1 to R6 are measured on.
+
+    Attributes:
+        exact: the whole defended path, `(image, seed) -> logits`.
+        dataset: batches of dicts with image, label and index.
+        threat_model: norm and radius.
+        classes: how many it tells apart.
+        options: how images are attacked; its journal keeps R1 and R5 too, in folders of their own.
+        long_examples: images of the long attacks R3 to R5, from the first on; 0 = all.
+        few: whether it gets R6 and the gradient attacks of R1 only.
+    """
+
+    exact: PathFn
+    dataset: tf.data.Dataset
+    threat_model: ThreatModel
+    classes: int
+    options: Options
+    long_examples: int = 0
+    few: bool = False
+
+    def measured(self, path: PathFn, plan: Sequence[PlannedAttack], name: str, **changed: Any) -> Measured:
+        """Return what attacks on one path leave, block by block as in an evaluation.
+
+        Args:
+            path: `(image, seed) -> logits`, by which images are scored as well.
+            plan: the attacks.
+            name: folder of the journal.
+            changed: options that are not the model's own.
+        """
+        journal = self.options.journal and self.options.journal / name
+        options = dataclasses.replace(self.options, journal=journal, minutes=0.0, **changed)
+        return measure({EXACT: path}, self.dataset, plan, options)
 
 
 def look(path: PathFn, chunk: Chunk, *, seed: int) -> dict[str, bool]:
@@ -49,13 +90,43 @@ def look(path: PathFn, chunk: Chunk, *, seed: int) -> dict[str, bool]:
     return {"differs": not keyed or not all(same(first, directions(look)) for look in range(1, _LOOKS)), "keyed": keyed}
 
 
-def plan(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
-    """Return the attacks of the protocol: AutoAttack rand (R2), PGD with EOT (R3), and averaged Square (R4)."""
+def plan(
+    norm: str, epsilon: float, classes: int, *, paths: Iterable[str] = (), long_examples: int = 0, few: bool = False
+) -> tuple[PlannedAttack, ...]:
+    """Return the attacks of the protocol, each for one path.
+
+    On `exact`: FGSM, AutoAttack rand (R2), PGD with EOT (R3) and averaged Square (R4). On `oblivious`, `bpda_identity`
+    and `fixed_noise`, where the model has them, what costs less; on other paths of its own APGD over mean losses.
+
+    Args:
+        norm: of the ball.
+        epsilon: its radius.
+        classes: how many the model tells apart.
+        paths: names of the model's paths.
+        long_examples: images that R3 and R4 meet, from the first on; 0 = all.
+        few: return a few attacks only, for the rows of an ablation.
+    """
+    apgd = PlannedAttack("apgd_ce", APGD(norm, epsilon))
+    pgd = PlannedAttack("pgd20", PGD(norm, epsilon, steps=20))
+    families = dict.fromkeys(name.split(":")[0] for name in paths if not name.startswith(SURROGATE))
+    others = tuple(apgd._replace(draws=EOT_DRAWS, path=family) for family in families if family not in (*_KNOWN, *AIDS))
+    elsewhere = (apgd._replace(path=OBLIVIOUS), apgd._replace(path=FIXED_NOISE), *others)
+    if few:
+        return (pgd._replace(draws=_FEW_DRAWS, path=EXACT), *elsewhere)
+    fgsm = PlannedAttack("fgsm", FGSM(norm, epsilon))
     long = PGD(norm, epsilon, steps=200, step_size=_R3_STEP * epsilon, random_start=False)
-    return (
+    square = Square(norm, epsilon, queries=1000)
+    exact = (
         *SUITES["rand"].plan(norm, epsilon, classes),
-        PlannedAttack("pgd200_eot", long, draws=EOT_DRAWS, examples=128),
-        PlannedAttack("square", Square(norm, epsilon, queries=1000), "margin", EOT_DRAWS),
+        PlannedAttack("pgd200_eot", long, draws=EOT_DRAWS, examples=long_examples),
+        PlannedAttack("square", square, "margin", EOT_DRAWS, examples=long_examples),
+    )
+    return (
+        fgsm._replace(path=EXACT),
+        fgsm._replace(path=OBLIVIOUS),
+        *elsewhere,
+        pgd._replace(draws=EOT_DRAWS, path=BPDA),
+        *(each._replace(path=EXACT) for each in exact),
     )
 
 
@@ -103,45 +174,69 @@ def final_scoring(path: PathFn, blocks: Iterable[Arrays], *, seed: int, chunk_si
     }
 
 
-def scaling(subject: Subject) -> list[dict[str, Any]]:
-    """Return the accuracy under PGD-20 by the number of draws it averages over (R5)."""
-    curve = []
+def scaling(model: RandomModel) -> list[dict[str, Any]]:
+    """Return the accuracy under PGD-20 by the number of draws it averages over (R5).
+
+    More draws than those of SCALING are looked at where the last step to more of them still broke a point more.
+    """
+    limits = [each for each in (model.long_examples, model.options.examples) if each]
+    attack = PGD(*model.threat_model, steps=20)
+    curve: list[dict[str, Any]] = []
+
+    def add(draws: int) -> None:
+        plan = [PlannedAttack("pgd20", attack, draws=draws)]
+        found = model.measured(model.exact, plan, f"R5_{draws}", examples=min(limits, default=0))
+        curve.append({"draws": draws, **accuracy_interval(found.outcomes.robust)})
+
     for draws in SCALING:
-        planned = PlannedAttack("pgd20", subject.attack(PGD, steps=20), draws=draws)
-        curve.append({"draws": draws, **accuracy_interval(subject.attacked([planned]).standing)})
+        add(draws)
+    if len(curve) > 1 and curve[-2]["value"] - curve[-1]["value"] >= _FALLS - 1e-9:
+        add(_MORE_DRAWS)
     return curve
 
 
-def fixed(subject: Subject) -> dict[str, Any]:
-    """Return the accuracy of the model with its draw held fixed under AutoAttack standard (R1)."""
-    exact = fixed_noise(subject.attack_paths["exact"])
-    options = dataclasses.replace(subject.options, is_randomised=False)
-    still = dataclasses.replace(subject, attack_paths={"exact": exact}, options=options)
-    plan = SUITES["autoattack"].plan(*subject.threat_model, subject.classes)
-    return accuracy_interval(still.attacked(plan, cascade=True).standing)
+def fixed(model: RandomModel) -> dict[str, Any]:
+    """Return the accuracy of the model with its draw held fixed under AutoAttack standard (R1), on all its images.
+
+    Images stream through in blocks of 1024 at most, as in an evaluation, so memory does not grow with their number.
+
+    Returns:
+        `{value, n, ci95}`, that of the clean images as `clean`, and as `left`, by attack, what stands after it and
+        those before it.
+    """
+    plan = SUITES["autoattack"].plan(*model.threat_model, model.classes)
+    if model.few:
+        plan = tuple(each for each in plan if isinstance(each.attack, APGD))
+    found = model.measured(fixed_noise(model.exact), plan, "R1", is_randomised=False, cascade=True)
+    standing = np.logical_and.accumulate(found.outcomes.survived, axis=1)
+    names = [search.name for search in found.searches]
+    return {
+        **accuracy_interval(found.outcomes.robust),
+        "clean": accuracy_interval(found.outcomes.clean),
+        "left": {name: accuracy_interval(standing[:, column]) for column, name in enumerate(names)},
+    }
 
 
 def protocol(
-    subject: Subject, blocks: Iterable[Arrays], attacks: Sequence[Mapping[str, Any]], flags: Mapping[str, bool]
+    model: RandomModel, blocks: Iterable[Arrays], attacks: Sequence[Mapping[str, Any]], flags: Mapping[str, bool]
 ) -> dict[str, Any]:
-    """Return the figures R1 to R6.
+    """Return the figures R1 to R6; null where one was not measured.
 
     Args:
-        subject: the paths and the images of R1 and R5.
+        model: what R1 and R5 are measured on.
         blocks: the worst images that the evaluation found, for R6.
         attacks: what it found by attack, R2 to R4 among them.
         flags: what `look` returned.
     """
-    by_name = {each["name"]: each["own_accuracy"] for each in attacks if each["path"] == "exact"}
-    options = subject.options
+    by_name = {each["name"]: each["own_accuracy"] for each in attacks if each["path"] == EXACT}
+    rand = {name: by_name[name] for name in by_name if name.startswith("apgd")}
+    options = model.options
     return {
-        "R1_fixed_noise": fixed(subject) if flags["keyed"] else None,
-        "R2_autoattack_rand": {name: by_name[name] for name in by_name if name.startswith("apgd")},
+        "R1_fixed_noise": fixed(model) if flags["keyed"] else None,
+        "R2_autoattack_rand": None if model.few else rand,
         "R3_pgd200_eot": by_name.get("pgd200_eot"),
         "R4_square": by_name.get("square"),
-        "R5_scaling": scaling(subject),
-        "R6_fresh_draws": final_scoring(
-            subject.attack_paths["exact"], blocks, seed=options.seed, chunk_size=options.chunk_size
-        ),
+        "R5_scaling": None if model.few else scaling(model),
+        "R6_fresh_draws": final_scoring(model.exact, blocks, seed=options.seed, chunk_size=options.chunk_size),
         "keyed": flags["keyed"],
     }

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 from rich.table import Table
 from scipy import stats
 
 from kerasdefense.attacks.norms import radius
-from kerasdefense.evaluation.suites import SUITES
+from kerasdefense.evaluation.suites import AVERAGED, EOT_DRAWS, FEW, PROTOCOL, SUITES
 from kerasdefense.files import check_schema
 
 _SCHEMA = Path(__file__).with_name("results.schema.json")
@@ -28,9 +28,22 @@ _PACKAGES = (
 )
 AUTOATTACK_IMAGES = 1000
 RESAMPLES = 9999
-PROTOCOL = (
-    "the model draws at random, so AutoAttack rand, PGD over mean losses and Square over mean scores stand in for it"
-)
+_ON_RANDOM = {
+    AVERAGED: f"the model draws at random, so its attacks follow the mean over {EOT_DRAWS} draws",
+    FEW: "the model draws at random, so PGD over mean losses, and APGD past its purifier and on one fixed draw, stand "
+    "in for it, few attacks for ablations: not an AutoAttack result, true robustness is at most this",
+    PROTOCOL: "the model draws at random, so AutoAttack rand, PGD over mean losses and Square over mean scores stand "
+    "in for it",
+}
+_FIGURES = {
+    "R1_fixed_noise": "AutoAttack on the model with its draw held fixed",
+    "R2_autoattack_rand": "AutoAttack rand, on the mean over draws",
+    "R3_pgd200_eot": "a long PGD on the mean over draws",
+    "R4_square": "Square on the mean over draws",
+    "R5_scaling": "PGD by the number of draws it averages over",
+    "R6_fresh_draws": "fresh draws on the worst images found",
+}
+"""Figures of the protocol for models that draw at random."""
 
 
 def accuracy_interval(right: np.ndarray) -> dict[str, Any]:
@@ -158,15 +171,68 @@ def unseen_lines(results: Mapping[str, Any]) -> list[str]:
     return [f"outside the ball (n = {n}, not part of the robust accuracy): {corrupted}"]
 
 
+def randomised_rows(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the figures R1 to R6 of a model that draws at random, none of any other.
+
+    Each has its `id`, what it `asks`, the `part` of the figure that it is, and `value`, `n` and `ci95`, null where they
+    are not known.
+    """
+    for key, found in (results["randomised"] or {}).items():
+        if not key.startswith("R"):
+            continue
+        name, words = key.partition("_")[0], _FIGURES.get(key, key.partition("_")[2].replace("_", " "))
+        for part, figure in _parts(found):
+            known = figure if isinstance(figure, Mapping) else {"value": figure}
+            told = {each: known.get(each) for each in ("value", "n", "ci95")}
+            yield {"id": name, "asks": words, "part": part, **told}
+
+
+def _parts(found: Any) -> list[tuple[str, Any]]:
+    """Return the accuracies of a figure, each with what it is called within that."""
+    if isinstance(found, Sequence):
+        return [(f"draws: {each['draws']}", each) for each in found]
+    if not isinstance(found, Mapping):
+        return [("", found)]
+    if "value" not in found:
+        return [(name.replace("_", " "), each) for name, each in found.items()]
+    clean = [("clean", found["clean"])] if "clean" in found else []
+    left = [(f"left by {name.replace('_', ' ')}", each) for name, each in found.get("left", {}).items()]
+    return [("", found), *clean, *left]
+
+
+def randomised_table(results: Mapping[str, Any]) -> Optional[Table]:
+    """Return the figures R1 to R6 as a table to print, None for a model that draws nothing at random."""
+    rows = list(randomised_rows(results))
+    if not rows:
+        return None
+    caption = "R6: one draw, the vote of 20, and right in each of ten, since an attacker may try again."
+    shown = Table(title="a model that draws at random", caption=caption, caption_justify="left", title_justify="left")
+    for heading in ("figure", "accuracy", "95 % interval", "images"):
+        shown.add_column(heading, justify="left" if heading == "figure" else "right")
+    for row in rows:
+        figure = f"{row['id']} {row['asks']}" + (f": {row['part']}" if row["part"] else "")
+        value = "not measured" if row["value"] is None else _percent(row["value"])
+        interval = _interval(row) if row["ci95"] else ""
+        shown.add_row(figure, value, interval, f"{row['n']:,}" if row["n"] else "")
+    return shown
+
+
 def relation(item: Mapping[str, Any]) -> str:
     """Return how the value of a sanity item must stand to its threshold."""
     return "at least" if item["id"] == "S16" else "at most"
 
 
+def suite_words(suite: str, *, is_random: bool) -> str:
+    """Return what the attacks of a suite are, on a model that draws at random also what becomes of them there."""
+    words, on_random = SUITES[suite].words, SUITES[suite].on_random
+    if not is_random:
+        return words
+    return f"{words}; {_ON_RANDOM[AVERAGED]}" if on_random == AVERAGED else _ON_RANDOM[on_random]
+
+
 def note(results: Mapping[str, Any], suite: str) -> str:
     """Return what a reader must know of the figures: how strong the attacks were, and how many images there are."""
-    by_protocol = bool(results["flags"]["randomised"]) and suite != "quick"
-    words = [f"Suite {suite}: {PROTOCOL if by_protocol else SUITES[suite].words}."]
+    words = [f"Suite {suite}: {suite_words(suite, is_random=bool(results['flags']['randomised']))}."]
     words += [
         f"{attack['name']} stands in for {attack['replaces']}." for attack in results["attacks"] if attack["replaces"]
     ]

@@ -18,6 +18,7 @@ from kerasdefense.attacks import (
     Square,
     has_foolbox,
 )
+from kerasdefense.defenses.purifying import OBLIVIOUS
 
 SURROGATE = "surrogate:"
 """What the names of paths begin with that are not the model's own."""
@@ -27,6 +28,9 @@ AIDS = ("signed", "smoothed")
 EXACT = "exact"
 """The whole defended path."""
 EOT_DRAWS = 20
+AVERAGED, FEW, PROTOCOL = "averaged", "few", "protocol"
+"""What a suite does on a model that draws at random: it runs its own attacks over mean losses, or gives its place to
+few attacks for such models or to their whole protocol."""
 TARGETS = 9
 _SCALES = ("x10", "x50")
 """Scales of the logits, as the keys of OBJECTIVES have them, at which cross-entropy is attacked besides 1."""
@@ -53,7 +57,7 @@ class PlannedAttack(NamedTuple):
         draws: passes whose loss and probabilities are averaged at each point, for models that draw at random.
         examples: how many images are attacked at most, from the first on; 0 = all. The others count as standing.
         transfer: whether it is aimed at surrogates, and only what it finds on them is tried on the model.
-        path: the path that it is for, `exact` or a family of AIDS; "" = every path but those and surrogates.
+        path: the path that it is for, by its name or family; "" = every path but those of AIDS and surrogates.
         alone: whether it meets every image that is right clean, also in a cascade.
         replaces: what it stands in for, and why, where a suite's own attack cannot run on so few classes.
     """
@@ -87,12 +91,14 @@ class Suite:
             right clean, which costs more and says how strong each is alone.
         checks: the items of the sanity battery that go with it.
         words: what the headline may be called.
+        on_random: what becomes of it on a model that draws at random.
     """
 
     plan: Callable[[str, float, int], tuple[PlannedAttack, ...]]
     cascade: bool
     checks: tuple[str, ...]
     words: str
+    on_random: str = PROTOCOL
 
 
 def _quick(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
@@ -234,6 +240,18 @@ def _purified(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, .
     )
 
 
+def _frozen(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
+    through = (
+        PlannedAttack("pgd20", PGD(norm, epsilon, steps=20)),
+        _apgd_ce(norm, epsilon),
+        _apgd_t(norm, epsilon, classes),
+    )
+    return (
+        *(each._replace(path=EXACT) for each in through),
+        _apgd_ce(norm, epsilon)._replace(path=OBLIVIOUS),
+    )
+
+
 def _blackbox(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, ...]:
     planned = [
         PlannedAttack("noise", ATTACKS["noise"](norm=norm, epsilon=epsilon), "margin"),
@@ -261,6 +279,7 @@ SUITES: dict[str, Suite] = {
     "autoattack": Suite(_autoattack, True, _AUTOATTACK_CHECKS, "AutoAttack standard"),
     "blackbox": Suite(_blackbox, True, _QUICK_CHECKS, f"gradient-free and transferred attacks only, {_NOT_AUTOATTACK}"),
     "cleverhans": Suite(_cleverhans, False, _QUICK_CHECKS, _NOT_AUTOATTACK),
+    "frozen": Suite(_frozen, True, _QUICK_CHECKS, f"few attacks, for ablations: {_NOT_AUTOATTACK}", FEW),
     "gap": Suite(
         _gap,
         True,
@@ -274,7 +293,7 @@ SUITES: dict[str, Suite] = {
         _AUTOATTACK_CHECKS,
         "AutoAttack standard, besides PGD-20 and CAFA, through what purifies images and past it",
     ),
-    "quick": Suite(_quick, False, _QUICK_CHECKS, _NOT_AUTOATTACK),
+    "quick": Suite(_quick, False, _QUICK_CHECKS, _NOT_AUTOATTACK, AVERAGED),
     "rand": Suite(_rand, True, _AUTOATTACK_CHECKS, "AutoAttack rand"),
     "standard": Suite(_standard, False, _STANDARD_CHECKS, _NOT_AUTOATTACK),
 }

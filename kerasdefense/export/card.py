@@ -147,6 +147,7 @@ def figures(results: Mapping[str, Any]) -> dict[str, Any]:
         "attacks": [{key: attack[key] for key in of_attack if key in attack} for attack in results["attacks"]],
         "sanity": {item["id"]: item["status"] for item in results["sanity"]},
         "open_set": results.get("open_set"),
+        "randomised": results.get("randomised"),
         "model_digest": results["model"]["digest"],
     }
 

@@ -241,18 +241,33 @@ def test_page_of_an_l2_evaluation_with_one_class_less_and_single_radius(render, 
 def test_page_of_a_random_model_shows_the_protocol(render, results):
     results["flags"]["randomised"] = True
     results["randomised"] = {
-        "R1_fixed_noise": None,
-        "R2_autoattack_rand": {"apgd_ce": 0.415, "apgd_dlr": 0.405},
-        "R3_pgd200_eot": 0.425,
+        "R1_fixed_noise": {**wilson(240, 1000), "clean": wilson(617, 1000), "left": {"apgd_ce": wilson(250, 1000)}},
+        "R2_autoattack_rand": {"apgd_ce": wilson(415, 1000), "apgd_dlr": wilson(405, 1000)},
+        "R3_pgd200_eot": None,
+        "R4_square": wilson(425, 1000),
         "R5_scaling": [{"draws": draws, **wilson(20, 32)} for draws in (1, 128)],
-        "R6_fresh_draws": {"single_draw": {"value": 0.401, "n": 1000, "draws": 20}, "any_of_10": wilson(300, 1000)},
+        "R6_fresh_draws": {
+            "single_draw": {"value": 0.401, "n": 1000, "draws": 20},
+            "majority_vote": wilson(400, 1000),
+            "any_of_10": wilson(300, 1000),
+        },
         "keyed": False,
     }
+    check_results(results)
     text = Page(render(results)).text
     block = text[text.index("A model that draws at random") :]
-    for words in ("R1 AutoAttack standard", "not measured", "apgd dlr 40.5 %", "draws: 128 62.5 %", "any of 10 30.0 %"):
+    for words in (
+        "R1 AutoAttack on the model with its draw held fixed 24.0 %",
+        "left by apgd ce 25.0 %",
+        "R3 a long PGD on the mean over draws not measured",
+        "apgd dlr 40.5 %",
+        "draws: 128 62.5 %",
+        "any of 10 30.0 %",
+    ):
         assert words in block
-    assert "in place of the suite's attacks" in text and "Suite autoattack: AutoAttack standard" not in text
+    assert (
+        "the model draws at random, so AutoAttack rand" in text and "Suite autoattack: AutoAttack standard" not in text
+    )
 
 
 def test_not_run_is_never_shown_as_passed(render, results):

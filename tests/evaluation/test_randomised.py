@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kerasdefense.attacks import APGD, norms
-from kerasdefense.evaluation import Options, PlannedAttack, ThreatModel, evaluate, randomised
+from kerasdefense.attacks import APGD, FGSM, Square, norms
+from kerasdefense.attacks.wrappers import fixed_noise
+from kerasdefense.evaluation import SUITES, Options, PlannedAttack, ThreatModel, evaluate, randomised
+from kerasdefense.evaluation.report import note
 from kerasdefense.evaluation.search import Chunk, ExactPath
+from kerasdefense.types import UsageError
 
 THREAT = ThreatModel("linf", 0.12)
 
@@ -65,43 +68,174 @@ def test_equal_draws_change_nothing(digits_classifier):
     assert found[0] == found[1]
 
 
-def test_random_model_gets_its_protocol_and_its_noise_is_no_defense(digits_classifier, monkeypatch):
+def small_protocol(monkeypatch, **changed):
+    """Replace the attacks of the protocol by short ones."""
     monkeypatch.setattr(randomised, "SCALING", (1, 4))
-    monkeypatch.setattr(randomised, "plan", small_plan)
-    small = dataclasses.replace(randomised.SUITES["autoattack"], plan=lambda *threat: small_plan(*threat, draws=1)[:1])
+    small = dataclasses.replace(randomised.SUITES["autoattack"], plan=small_autoattack)
     monkeypatch.setattr(randomised, "SUITES", {"autoattack": small})
+    for name, value in changed.items():
+        monkeypatch.setattr(randomised, name, value)
+
+
+def small_plan(norm, epsilon, classes, *, paths, long_examples, few, draws=4):
+    assert paths == ("exact",) and not few
+    return (
+        PlannedAttack("apgd_ce", APGD(norm, epsilon, steps=8), draws=draws),
+        PlannedAttack("pgd200_eot", APGD(norm, epsilon, steps=4), draws=draws, examples=long_examples),
+        PlannedAttack("square", APGD(norm, epsilon, steps=4), "margin", draws, examples=long_examples),
+    )
+
+
+def small_autoattack(norm, epsilon, classes):
+    return (
+        PlannedAttack("apgd_ce", APGD(norm, epsilon, steps=8)),
+        PlannedAttack("apgd_t", APGD(norm, epsilon, steps=4, targets=1), "targeted_dlr"),
+        PlannedAttack("square", Square(norm, epsilon, queries=5), "margin"),
+    )
+
+
+def test_random_model_gets_its_protocol_and_its_noise_is_no_defense(digits_classifier, monkeypatch):
+    """R1 to R6 are there without the sanity battery, on the images that they are meant for."""
+    small_protocol(monkeypatch, plan=small_plan)
     results = evaluate(
         {"exact": noisy(digits_classifier, 0.15)},
         digits_classifier.batches(),
         THREAT,
         "autoattack",
         options=Options(examples=24, chunk_size=240),
-        sanity_examples=8,
+        sanity_examples=0,
+        long_examples=12,
     )
     found = results["randomised"]
-    assert results["flags"]["randomised"] and found["keyed"]
+    assert results["flags"]["randomised"] and found["keyed"] and results["sanity"] == []
     assert set(found) == {"keyed", *(name for name in found if name[0] == "R")} and len(found) == 7
-    assert found["R1_fixed_noise"]["value"] <= 0.5  # with the draw held fixed, AutoAttack breaks it
-    assert found["R3_pgd200_eot"]["n"] == 12 and found["R4_square"]["n"] == 24
+    still = found["R1_fixed_noise"]
+    assert still["n"] == still["clean"]["n"] == 24
+    assert still["value"] < still["clean"]["value"] - 0.1  # with the draw held fixed, AutoAttack breaks it
+    left = [each["value"] for each in still["left"].values()]
+    assert list(still["left"]) == ["apgd_ce", "apgd_t", "square"]
+    assert still["clean"]["value"] >= left[0] >= left[1] >= left[2] == still["value"]
+    assert found["R3_pgd200_eot"]["n"] == found["R4_square"]["n"] == 12
     assert found["R6_fresh_draws"]["any_of_10"]["value"] <= found["R6_fresh_draws"]["majority_vote"]["value"]
-    assert [point["draws"] for point in found["R5_scaling"]] == [1, 4]
+    assert found["R6_fresh_draws"]["single_draw"]["n"] == 24
+    assert [point["draws"] for point in found["R5_scaling"]][:2] == [1, 4]
+    assert {point["n"] for point in found["R5_scaling"]} == {12}
     assert found["R2_autoattack_rand"]["apgd_ce"]["value"] >= results["robust_accuracy"]["value"]
-    by_id = {item["id"]: item["status"] for item in results["sanity"]}
-    assert by_id["S11"] == "not_run"  # a random model may answer otherwise each time
 
 
-def small_plan(norm, epsilon, classes, draws=4):
-    return (
-        PlannedAttack("apgd_ce", APGD(norm, epsilon, steps=8), draws=draws),
-        PlannedAttack("pgd200_eot", APGD(norm, epsilon, steps=4), draws=draws, examples=12),
-        PlannedAttack("square", APGD(norm, epsilon, steps=4), "margin", draws),
+def model_of(trained, path, **changed):
+    settings = {"options": Options(examples=8, chunk_size=64), "long_examples": 4, **changed}
+    return randomised.RandomModel(path, trained.batches(), THREAT, 10, **settings)
+
+
+def test_more_draws_are_looked_at_only_while_they_break_more(digits_classifier, monkeypatch):
+    """R5 stops where the last step to more draws changed accuracy by less than a point."""
+
+    class Found:
+        def __init__(self, standing):
+            self.outcomes = self
+            self.robust = np.arange(100) < standing
+
+    def curve(*standing):
+        asked = iter(standing)
+        monkeypatch.setattr(randomised.RandomModel, "measured", lambda *_, **__: Found(next(asked)))
+        found = randomised.scaling(model_of(digits_classifier, digits_classifier.path))
+        return [(each["draws"], each["value"]) for each in found]
+
+    assert curve(60, 50, 45, 45) == [(1, 0.6), (5, 0.5), (20, 0.45), (64, 0.45)]
+    assert curve(60, 50, 45, 44, 43)[3:] == [(64, 0.44), (128, 0.43)]
+    assert len(curve(60, 50, 45, 46)) == 4
+
+
+def test_figures_go_on_from_the_journal(digits_classifier, monkeypatch, tmp_path):
+    small_protocol(monkeypatch)
+    calls = []
+
+    def path(image, seed):
+        calls.append(image.shape)
+        return digits_classifier.path(image, seed)
+
+    model = model_of(digits_classifier, path, options=Options(8, 64, journal=tmp_path), few=True)
+    found, traced = randomised.fixed(model), len(calls)
+    assert (tmp_path / "R1" / "block-00000.npz").is_file()
+    assert randomised.fixed(model) == found and len(calls) == traced
+
+
+def test_frozen_suite_leaves_a_random_model_few_attacks_and_two_figures(digits_classifier, monkeypatch):
+    small_protocol(monkeypatch)
+    exact = noisy(digits_classifier, 0.15)
+    results = evaluate(
+        {"exact": exact, "oblivious": digits_classifier.path, "fixed_noise": fixed_noise(exact)},
+        digits_classifier.batches(),
+        THREAT,
+        "frozen",
+        options=Options(examples=6, chunk_size=240),
+        sanity_examples=0,
     )
+    ran = [(each["name"], each["path"], each["draws"]) for each in results["attacks"]]
+    assert ran == [("pgd20", "exact", 10), ("apgd_ce", "oblivious", 1), ("apgd_ce", "fixed_noise", 1)]
+    found = results["randomised"]
+    assert [found[name] for name in ("R2_autoattack_rand", "R3_pgd200_eot", "R4_square", "R5_scaling")] == [None] * 4
+    assert list(found["R1_fixed_noise"]["left"]) == ["apgd_ce", "apgd_t"] and found["R6_fresh_draws"]["majority_vote"]
 
 
-def test_protocol_plan_follows_the_mean_of_twenty_draws():
-    plan = randomised.plan("linf", 8 / 255, 10)
-    assert [planned.name for planned in plan] == ["apgd_ce", "apgd_dlr", "pgd200_eot", "square"]
-    assert {planned.draws for planned in plan} == {20}
-    long = plan[2].attack
+def test_quick_suite_keeps_its_attacks_on_a_random_model_and_averages(digits_classifier, monkeypatch):
+    monkeypatch.setitem(SUITES, "quick", dataclasses.replace(SUITES["quick"], plan=quick))
+    results = evaluate(
+        {"exact": noisy(digits_classifier, 0.15)},
+        digits_classifier.batches(),
+        THREAT,
+        "quick",
+        options=Options(examples=6, chunk_size=240),
+        sanity_examples=0,
+    )
+    assert [(each["name"], each["draws"]) for each in results["attacks"]] == [("fgsm", 20)]
+    assert results["flags"]["randomised"] and results["randomised"] is None
+    assert "its attacks follow the mean over 20 draws" in note(results, "quick")
+
+
+def quick(norm, epsilon, classes):
+    return (PlannedAttack("fgsm", FGSM(norm, epsilon)),)
+
+
+def paths_of(plan, *names):
+    return {
+        (planned.name, name, planned.draws, planned.examples)
+        for planned in plan
+        for name in names
+        if planned.is_for(name)
+    }
+
+
+def test_protocol_plan_follows_the_mean_of_twenty_draws_each_attack_on_its_path():
+    """R2, R3 and R4 on the whole path, and what costs less on the others."""
+    names = ("exact", "oblivious", "bpda_identity", "fixed_noise", "signed", "surrogate:twin")
+    plan = randomised.plan("linf", 8 / 255, 10, paths=names, long_examples=64)
+    assert paths_of(plan, *names) == {
+        ("fgsm", "exact", 1, 0),
+        ("apgd_ce", "exact", 20, 0),
+        ("apgd_dlr", "exact", 20, 0),
+        ("pgd200_eot", "exact", 20, 64),
+        ("square", "exact", 20, 64),
+        ("fgsm", "oblivious", 1, 0),
+        ("apgd_ce", "oblivious", 1, 0),
+        ("pgd20", "bpda_identity", 20, 0),
+        ("apgd_ce", "fixed_noise", 1, 0),
+    }
+    by_name = {planned.name: planned.attack for planned in plan}
+    long = by_name["pgd200_eot"]
     assert (long.steps, long.random_start, long.restarts) == (200, False, 1)
-    assert long.step_size == pytest.approx(0.007) and plan[3].attack.queries == 1000
+    assert long.step_size == pytest.approx(0.007) and by_name["square"].queries == 1000
+    assert by_name["pgd20"].steps == 20
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_path_that_the_protocol_does_not_know_is_attacked_over_mean_losses(few):
+    names = ("exact", "mine:1", "mine:2")
+    plan = randomised.plan("linf", 0.1, 10, paths=names, few=few)
+    assert paths_of(plan, *names[1:]) == {("apgd_ce", "mine:1", 20, 0), ("apgd_ce", "mine:2", 20, 0)}
+
+
+def test_negative_number_of_images_for_long_attacks_is_refused(digits_classifier):
+    with pytest.raises(UsageError, match="long_examples must be at least 0, not -1"):
+        evaluate({"exact": digits_classifier.path}, digits_classifier.batches(), THREAT, long_examples=-1)

@@ -21,6 +21,7 @@ from kerasdefense.evaluation import (
     check_results,
     evaluate,
     radius,
+    randomised_table,
     sanity_lines,
     table,
     versions,
@@ -165,6 +166,59 @@ def test_note_says_what_stands_in_for_what_and_that_the_time_was_up(results):
         == "Suite autoattack: AutoAttack standard. fgsm stands in for apgd_t: too few classes."
     )
     assert note({**changed, "complete": False}, "autoattack").startswith("Upper bound: the time was up")
+
+
+def test_note_says_what_becomes_of_a_suite_on_a_model_that_draws_at_random(results):
+    random = broken(with_images(results, 1000), ["flags", "randomised"], True)
+    assert note(random, "autoattack").startswith("Suite autoattack: the model draws at random, so AutoAttack rand, PGD")
+    assert note(random, "quick") == (
+        "Suite quick: not an AutoAttack result, true robustness is at most this; the model draws at random, so its "
+        "attacks follow the mean over 20 draws."
+    )
+    assert "stand in for it, few attacks for ablations: not an AutoAttack result" in note(random, "frozen")
+    assert "few attacks, for ablations: not an AutoAttack result" in note(with_images(results, 1000), "frozen")
+    text = printed(table({**random, "note": note(random, "autoattack")}, "mine"))
+    assert "the model draws at random, so AutoAttack rand" in text
+
+
+def printed(what):
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(what)
+    return " ".join(console.export_text().split())
+
+
+def test_figures_of_a_model_that_draws_at_random_are_printed(results):
+    assert randomised_table(results) is None
+    share = accuracy_interval(np.arange(8) < 2)
+    block = {
+        "R1_fixed_noise": {**share, "clean": accuracy_interval(np.ones(8)), "left": {"apgd_ce": share}},
+        "R2_autoattack_rand": None,
+        "R3_pgd200_eot": None,
+        "R4_square": None,
+        "R5_scaling": [{"draws": 5, **share}],
+        "R6_fresh_draws": {
+            "single_draw": {"value": 0.375, "n": 8, "draws": 20},
+            "majority_vote": share,
+            "any_of_10": accuracy_interval(np.zeros(8)),
+        },
+        "keyed": True,
+    }
+    check_results({**results, "randomised": block})
+    text = printed(randomised_table({**results, "randomised": block}))
+    for words in (
+        "R1 AutoAttack on the model with its draw held fixed │ 25.0 %",
+        "held fixed: clean │ 100.0 %",
+        "held fixed: left by apgd ce │ 25.0 %",
+        "R3 a long PGD on the mean over draws │ not measured",
+        "draws: 5 │ 25.0 %",
+        "single draw │ 37.5 % │ │ 8",
+        "majority vote │ 25.0 %",
+        "any of 10 │ 0.0 %",
+    ):
+        assert words in text, words
+    block["R5_scaling"][0]["value"] = 1.5
+    with pytest.raises(InputError, match="R5_scaling"):
+        check_results({**results, "randomised": block})
 
 
 def sanity_item(name, status, *, gates=True):

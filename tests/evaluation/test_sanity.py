@@ -11,7 +11,7 @@ from kerasdefense.attacks.wrappers import bpda
 from kerasdefense.evaluation import Options, PlannedAttack, ThreatModel, evaluate
 from kerasdefense.evaluation.probes import Radii, Subject
 from kerasdefense.evaluation.robustness import measure
-from kerasdefense.evaluation.sanity import battery, security_curve
+from kerasdefense.evaluation.sanity import Battery, battery, security_curve
 from kerasdefense.evaluation.search import Chunk
 from kerasdefense.types import InputError
 
@@ -51,6 +51,13 @@ def test_security_curve_falls_from_clean_to_nothing(digits_classifier):
     assert [point["epsilon"] for point in curve] == sorted(point["epsilon"] for point in curve)
     assert values[0] == subject.exact.is_right(subject.chunk).mean() and values[-1] == 0
     assert any(np.isclose(point["epsilon"], THREAT.epsilon) for point in curve)
+
+
+def test_silent_success_is_not_asked_of_a_random_model(digits_classifier):
+    subject = subject_of({"exact": digits_classifier.path}, digits_classifier, is_randomised=True)
+    measured = measure(subject.attack_paths, digits_classifier.batches(count=COUNT), SUITE[:1], Options())
+    item = Battery(Radii(subject, draws=1), measured).s11()
+    assert item.status == "not_run" and "may answer otherwise each time" in item.detail
 
 
 def quantised(trained, levels=4):

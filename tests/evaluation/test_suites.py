@@ -13,7 +13,7 @@ from kerasdefense.types import UsageError
 @pytest.mark.parametrize("name", SUITES)
 def test_suite_has_one_threat_model_and_known_parts(name, norm, classes):
     plan = SUITES[name].plan(norm, 0.07, classes)
-    assert plan and len({planned.name for planned in plan}) == len(plan)
+    assert plan and len({(planned.name, planned.path) for planned in plan}) == len(plan)
     for planned in plan:
         assert type(planned.attack) in ATTACKS.values()
         assert planned.objective in OBJECTIVES or planned.attack.takes == "logits"
@@ -103,6 +103,13 @@ def test_purified_runs_autoattack_through_the_purifier_and_past_it():
     assert cafa.objective == "class_activation" and (cafa.attack.steps, cafa.attack.random_start) == (40, True)
     assert cafa.attack.length == pytest.approx(0.01 * 0.1 / (8 / 255))
     assert list(by_name("purified", 2))[:3] == ["pgd20", "apgd_ce", "apgd_margin"]
+
+
+def test_frozen_is_few_attacks_for_the_rows_of_an_ablation():
+    suite = SUITES["frozen"]
+    plan = [(planned.name, planned.path) for planned in suite.plan("linf", 0.1, 10)]
+    assert plan == [("pgd20", "exact"), ("apgd_ce", "exact"), ("apgd_t", "exact"), ("apgd_ce", "oblivious")]
+    assert suite.cascade and suite.checks == SUITES["quick"].checks and "not an AutoAttack result" in suite.words
 
 
 def test_attack_meets_the_paths_that_it_is_made_for():

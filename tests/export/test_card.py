@@ -76,6 +76,17 @@ def test_card_says_what_the_run_was():
     assert card["defense"]["deviations"].startswith("BatchNormalization is in inference mode while crafting (the")
 
 
+def test_card_carries_what_fresh_draws_say():
+    fresh = {"single_draw": {"value": 0.4, "n": 10, "draws": 20}, "majority_vote": ACCURACY, "any_of_10": ACCURACY}
+    block = {"R1_fixed_noise": {**ACCURACY, "left": {"apgd_ce": ACCURACY}}, "R5_scaling": None, "R6_fresh_draws": fresh}
+    card = complete(make_card({**RESULTS, "randomised": block}))
+    export.check_card(card)
+    assert card["figures"]["randomised"] == block
+    card["figures"]["randomised"] = {"R6_fresh_draws": {}}
+    with pytest.raises(InputError, match="R6_fresh_draws"):
+        export.check_card(card)
+
+
 def test_card_is_named_after_method_and_data():
     assert make_card()["name"] == "standard on digits"
     defense, data = config.Defense(name="trades", awp_gamma=0.005), config.Data(name="cifar10", open_set_split="0")
@@ -111,6 +122,7 @@ def test_card_carries_figures_with_their_own_threat_model():
         "complete": True,
         "trusted": True,
         "open_set": None,
+        "randomised": None,
         "sanity": {"S1": "pass", "S9": "not_run"},
         "model_digest": "0" * 64,
         "attack_budget": 7,
