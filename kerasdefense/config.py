@@ -446,6 +446,11 @@ class Export:
         "",
         "publish there, as saved_models/NAME: version, model, card, outcomes; empty = saved_model/ of the run",
     )
+    diagnostics: bool = _field(
+        False,
+        "also export the signature diagnose, which takes seeds (models that draw at random); whoever calls it chooses "
+        "the noise",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

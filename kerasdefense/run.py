@@ -71,12 +71,14 @@ def load_defense(run: config.Run, splits: Splits) -> Defense:
 
 
 def check(run: config.Run) -> None:
-    """Raise a UsageError for flags of an evaluation that do not go together, before anything is trained."""
+    """Raise a UsageError for flags of evaluation and export that do not go together, before anything is trained."""
     oblivious.chosen(run.evaluate.oblivious_attacks)
     if run.evaluate.preprocessor and run.mode != "evaluate":
         raise UsageError(f"--evaluate_preprocessor goes with --mode=evaluate, not with --mode={run.mode}")
     if run.evaluate.preprocessor and run.evaluate.card:
         raise UsageError("--evaluate_card is of the model alone; evaluate it without --evaluate_preprocessor")
+    if run.export.diagnostics and run.mode == "all" and not getattr(DEFENSES[run.defense.name], "is_randomized", False):
+        raise UsageError(f"--export_diagnostics is for models that draw at random, which {run.defense.name} is not")
 
 
 def evaluate(run: config.Run, splits: Splits, console: Console) -> dict[str, Any]:
@@ -138,6 +140,7 @@ def export_model(run: config.Run, splits: Splits, defense: Defense) -> Path:
         version=run.export.version,
         card=card,
         reject=reject,
+        diagnostics=run.export.diagnostics,
     )
     if run.export.dir:
         export.publish(defense, version, run_dir / ADVERSARIAL)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import keras
 import numpy as np
@@ -14,7 +14,16 @@ import tensorflow as tf
 from kerasdefense.defenses import Defense
 from kerasdefense.detectors.rejection import RejectOption
 from kerasdefense.export.card import check_card
-from kerasdefense.export.signatures import DENOISE, SIGNATURES, serving_module
+from kerasdefense.export.signatures import (
+    DENOISE,
+    DIAGNOSE,
+    SIGNATURES,
+    is_randomised,
+    purified,
+    purifier_of,
+    seeded,
+    serving_module,
+)
 from kerasdefense.files import replacing, write_error, write_json
 from kerasdefense.types import InputError, UsageError
 
@@ -30,13 +39,15 @@ def save(
     version: int,
     card: Mapping[str, Any],
     reject: Optional[RejectOption] = None,
+    diagnostics: bool = False,
 ) -> Path:
     """Write the SavedModel `folder/<version>/` with its labels and card, and `denoiser.keras` where there is one.
 
-    That is what images pass before the classifier, a model of Keras' own layers, to be put in front of any other.
+    That is what images pass before the classifier, to be put in front of any other: a model of Keras' own layers, or,
+    where it draws at random, of layers of ours, which load after `import kerasdefense`.
 
-    It is loaded back and compared with the defense before it appears under its name. If anything fails,
-    nothing stays behind.
+    It is loaded back and compared with the defense before it appears under its name, one that draws at random by what
+    it makes of given seeds. If anything fails, nothing stays behind.
 
     Args:
         defense: what is exported.
@@ -45,20 +56,21 @@ def save(
         version: number of the version, from 1 on; 0 = one above the highest there.
         card: what `export.card` returned; `card.json` is this and the SHA-256 of every other file.
         reject: detector and threshold that the SavedModel judges images by as well; None = none.
+        diagnostics: whether a defense that draws at random also gets the signature `diagnose(image, seed)`.
 
     Returns:
         The version's folder.
 
     Raises:
-        UsageError: a version that is there already.
+        UsageError: a version that is there already, or diagnostics of a defense that draws nothing at random.
         InputError: a model, labels or card that cannot be exported, or a SavedModel unlike the defense.
         OSError: a write failed.
     """
     path = folder / str(_version(folder, version))
-    module = serving_module(defense, labels, reject)
+    module = serving_module(defense, labels, reject, diagnostics=diagnostics)
     with replacing(path) as temporary:
         _write(module, temporary, labels)
-        purifier = defense.purifier()
+        purifier = purifier_of(defense)
         if purifier is not None:
             purifier.save(temporary / DENOISER)
         _compare(defense, reject, temporary)
@@ -91,7 +103,7 @@ def _write(module: tf.Module, path: Path, labels: Sequence[str]) -> None:
     source = path.with_name(LABELS)
     source.write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
     module.labels = tf.saved_model.Asset(str(source))
-    signatures = {name: getattr(module, name) for name in (*SIGNATURES, DENOISE) if hasattr(module, name)}
+    signatures = {name: getattr(module, name) for name in (*SIGNATURES, DENOISE, DIAGNOSE) if hasattr(module, name)}
     try:
         tf.saved_model.save(module, str(path), signatures=signatures)
     except tf.errors.OpError as error:
@@ -102,23 +114,75 @@ def _compare(defense: Defense, reject: Optional[RejectOption], path: Path) -> No
     """Raise an InputError unless what is at `path` gives the defense's logits, scores and images on random images."""
     shape = defense.backbone.input_shape[1:]
     image = tf.constant(np.random.default_rng(0).random((4, *shape), np.float32))
-    answers = tf.saved_model.load(str(path)).signatures["serving_default"](image=image)
+    loaded = tf.saved_model.load(str(path))
+    answers = loaded.signatures["serving_default"](image=image)
     found = answers["logits"].numpy()
     if not np.isfinite(found).all():
         raise InputError("the model gives logits that are NaN or infinite; it was not exported")
-    if getattr(defense, "is_randomized", False):
-        return
-    _check_close(found, tf.cast(defense(image, training=False), tf.float32).numpy(), "logits")
-    purifier = defense.purifier()
+    if is_randomised(defense):
+        _compare_draws(defense, loaded, image)
+    else:
+        _check_close(found, tf.cast(defense(image, training=False), tf.float32).numpy(), "logits")
+    purifier = purifier_of(defense)
     if purifier is not None:
-        expected = purifier(image, training=False).numpy()
-        denoised = tf.saved_model.load(str(path)).signatures[DENOISE](image=image)["image_denoised"]
-        _check_close(denoised.numpy(), expected, "denoised images")
-        alone = keras.models.load_model(path / DENOISER, compile=False)
-        _check_close(alone(image, training=False).numpy(), expected, f"the images of {DENOISER}")
+        _compare_purifier(purifier, loaded, path, image)
     if reject is not None:
         score = reject.detector.score_image(defense.activations, tf.constant(image)).numpy()
         _check_close(answers["anomaly_score"].numpy(), score, "anomaly scores")
+
+
+def _compare_draws(defense: Defense, loaded: Any, image: tf.Tensor) -> None:
+    """Raise an InputError unless a defense's graph answers as it does, has its weights and draws anew at each call.
+
+    Where the signature `diagnose` is exported, its answers to given seeds are compared, else those of its like that is
+    not. The signatures without a seed hold the same graph, whose answers differ each time.
+    """
+    seed = _seeds(image)
+    of_seed = seeded(defense)
+    diagnose = loaded.signatures.get(DIAGNOSE)
+    found = of_seed(image, seed) if diagnose is None else diagnose(image=image, seed=seed)
+    expected = tf.cast(defense(image, training=False, seed=seed), tf.float32).numpy()
+    _check_close(found["logits"].numpy(), expected, "logits")
+    weights = of_seed.get_concrete_function().graph.variables
+    if not _contents(weights) <= _contents(loaded.weights):
+        raise InputError("the SavedModel has other weights than the model; it was not kept")
+    serve = loaded.signatures["serving_default"]
+    _check_fresh(lambda: serve(image=image)["logits"], lambda: defense(image, training=False), "logits")
+
+
+def _compare_purifier(purifier: Any, loaded: Any, path: Path, image: tf.Tensor) -> None:
+    """Raise an InputError unless the signature `denoise` and `denoiser.keras` give a purifier's images."""
+    seed = _seeds(image)
+    expected = purified(purifier, image, seed).numpy()
+    denoise = loaded.signatures[DENOISE]
+    if is_randomised(purifier):
+        _check_fresh(lambda: denoise(image=image)["image_denoised"], lambda: purifier(image, training=False), "images")
+    else:
+        _check_close(denoise(image=image)["image_denoised"].numpy(), expected, "denoised images")
+    diagnose = loaded.signatures.get(DIAGNOSE)
+    if diagnose is not None:
+        _check_close(diagnose(image=image, seed=seed)["image_denoised"].numpy(), expected, "denoised images")
+    alone = keras.models.load_model(path / DENOISER, compile=False)
+    _check_close(purified(alone, image, seed).numpy(), expected, f"the images of {DENOISER}")
+
+
+def _seeds(image: tf.Tensor) -> tf.Tensor:
+    """Return different seeds for each image."""
+    return tf.reshape(tf.range(2 * image.shape[0]), [-1, 2])
+
+
+def _contents(variables: Iterable[tf.Variable]) -> set[tuple[str, str]]:
+    """Return what variables hold, whatever their names and order."""
+    return {(str(each.shape), hashlib.sha256(each.numpy().tobytes()).hexdigest()) for each in variables}
+
+
+def _check_fresh(exported: Callable[[], tf.Tensor], own: Callable[[], tf.Tensor], what: str) -> None:
+    """Raise an InputError where what is exported answers alike twice, and the model itself does not."""
+    first, second, *of_model = (ask().numpy() for ask in (exported, exported, own, own))
+    if not np.isfinite(first).all():
+        raise InputError(f"the model gives {what} that are NaN or infinite; it was not exported")
+    if np.array_equal(first, second) and not np.array_equal(*of_model):
+        raise InputError(f"the SavedModel gives the same {what} twice, with its noise frozen; it was not kept")
 
 
 def _check_close(found: np.ndarray, expected: np.ndarray, what: str) -> None:

@@ -12,15 +12,19 @@ import tensorflow as tf
 
 from kerasdefense.defenses import Defense
 from kerasdefense.detectors.rejection import RejectOption
-from kerasdefense.types import InputError
+from kerasdefense.types import InputError, UsageError
 
 SIGNATURES = ("serving_default", "image_bytes", "examples")
 DENOISE = "denoise"
 """One more, of a defense that purifies images before they are classified."""
+DIAGNOSE = "diagnose"
+"""One more, only where it is asked for, of a defense that draws at random: whoever calls it chooses the noise."""
 _CHANNELS = (1, 3, 4)
 
 
-def serving_module(defense: Defense, labels: Sequence[str], reject: Optional[RejectOption] = None) -> tf.Module:
+def serving_module(
+    defense: Defense, labels: Sequence[str], reject: Optional[RejectOption] = None, *, diagnostics: bool = False
+) -> tf.Module:
     """Return a module with one `tf.function` per name in SIGNATURES.
 
     They take a batch of any size, empty ones too:
@@ -37,17 +41,23 @@ def serving_module(defense: Defense, labels: Sequence[str], reject: Optional[Rej
     A defense that purifies images has `denoise(image)` besides, of the input of `serving_default`, which returns
     `image_denoised` float32 [batch, height, width, channels] in [0, 1].
 
+    A defense that draws at random draws anew for each image of each request, and none of these takes a seed.
+
     Args:
         defense: what is exported; its `call` is the whole defended path.
         labels: class names, in label order.
         reject: a fitted detector and its threshold; None = every image is answered.
+        diagnostics: whether there is `diagnose(image, seed)` as well, as `seeded` describes it.
 
     Raises:
         InputError: not one label per class, or a model that images in files cannot feed.
+        UsageError: diagnostics of a model that draws nothing at random.
     """
+    if diagnostics and not is_randomised(defense):
+        raise UsageError("--export_diagnostics is for models that draw at random; this one does not, leave it out")
     image_shape = _image_shape(defense, labels)
-    purifier: Any = defense.purifier()
-    of_images = tf.TensorSpec([None, *image_shape], tf.float32, "image")
+    purifier = purifier_of(defense)
+    of_images = _of_images(image_shape)
 
     @tf.function(input_signature=[of_images])
     def serving_default(image: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -86,14 +96,56 @@ def serving_module(defense: Defense, labels: Sequence[str], reject: Optional[Rej
     module.serving_default, module.image_bytes, module.examples = serving_default, image_bytes, examples
     if purifier is not None:
         module.denoise = denoise
+    if diagnostics:
+        module.diagnose = seeded(defense)
     # Only these are saved: no optimizer, metrics or Keras classes, which a loader would have to know.
     module.weights = list(serving_default.get_concrete_function().graph.variables)
     return module
 
 
+def is_randomised(model: Any) -> bool:
+    """Return whether a defense or a purifier says that it draws at random."""
+    return bool(getattr(model, "is_randomized", False))
+
+
+def seeded(defense: Defense) -> Any:
+    """Return `diagnose(image, seed)`, a `tf.function` of images and the seeds int32 [batch, 2] that each is drawn by.
+
+    It returns `logits` and `probabilities` float32 [batch, classes], and where something purifies images before they
+    are classified, `image_denoised` float32 [batch, height, width, channels].
+    """
+    purifier = purifier_of(defense)
+    of_images = _of_images(defense.backbone.input_shape[1:])
+
+    @tf.function(input_signature=[of_images, tf.TensorSpec([None, 2], tf.int32, "seed")])
+    def diagnose(image: tf.Tensor, seed: tf.Tensor) -> dict[str, tf.Tensor]:
+        size, image, seed = tf.shape(image)[0], _filled(image), _filled(seed)
+        logits = tf.cast(defense(image, training=False, seed=seed), tf.float32)[:size]
+        found = {"logits": logits, "probabilities": tf.nn.softmax(logits)}
+        if purifier is not None:
+            found["image_denoised"] = purified(purifier, image, seed)[:size]
+        return found
+
+    return diagnose
+
+
+def purifier_of(defense: Defense) -> Any:
+    """Return what images pass before a defense's classifier, None if nothing."""
+    return defense.purifier()
+
+
+def purified(purifier: Any, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Return what a purifier makes of images [batch, h, w, c], by seeds int32 [batch, 2] if it draws at random."""
+    return purifier(image, training=False, **({"seed": seed} if is_randomised(purifier) else {}))
+
+
+def _of_images(image_shape: Sequence[int]) -> tf.TensorSpec:
+    return tf.TensorSpec([None, *image_shape], tf.float32, "image")
+
+
 def _filled(image: tf.Tensor) -> tf.Tensor:
-    """Return a batch of images, an empty one with one image, since oneDNN's convolutions give that a wrong shape."""
-    filler = tf.zeros([tf.cast(tf.shape(image)[0] == 0, tf.int32), *image.shape[1:]])
+    """Return a batch of images or seeds, an empty one with one: oneDNN's convolutions give that a wrong shape."""
+    filler = tf.zeros([tf.cast(tf.shape(image)[0] == 0, tf.int32), *image.shape[1:]], image.dtype)
     return tf.concat([image, filler], axis=0)
 
 

@@ -14,6 +14,7 @@ from kerasdefense.attacks import PGD
 from kerasdefense.defenses import PGDAT, Standard
 from kerasdefense.detectors import DETECTORS
 from kerasdefense.detectors.rejection import RejectOption
+from kerasdefense.layers import RandomTransform
 
 SHAPE = (8, 8, 3)
 LABELS = ("cat", "dög", "bird")
@@ -27,9 +28,59 @@ def make_defense(kind=PGDAT, image_shape=SHAPE):
     return defense
 
 
+@keras.saving.register_keras_serializable(package="kerasdefense_tests")
+class NoisyPurifier(keras.Model):
+    """Images with noise and blocks left out, mixed from channel to channel."""
+
+    is_randomized = True
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.transform = RandomTransform(2, sigma=0.2, block_size=2)
+        self.mix = keras.layers.Conv2D(SHAPE[2], 1, activation="sigmoid")
+        self(keras.Input(SHAPE))
+
+    def call(self, image, training=False, seed=None):
+        return self.mix(self.transform(image, seed)[0])
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+class Noisy(Standard):
+    """Draws at random before it classifies."""
+
+    is_randomized = True
+
+    def __init__(self, backbone, **kwargs):
+        super().__init__(backbone, **kwargs)
+        self.front = NoisyPurifier()
+
+    def call(self, image, training=False, seed=None):
+        return self.backbone(self.front(image, seed=seed), training=training)["logits"]
+
+    def purifier(self):
+        return self.front
+
+
 @pytest.fixture(scope="session")
 def make():
     return make_defense
+
+
+@pytest.fixture(scope="session")
+def noisy():
+    return make_defense(Noisy)
+
+
+@pytest.fixture(scope="session")
+def noisy_versions(noisy, card, tmp_path_factory):
+    """Return the export of a defense that draws at random, without and with what diagnoses it."""
+    folder = tmp_path_factory.mktemp("noisy")
+    return [
+        export.save(noisy, folder, labels=LABELS, version=0, card=card, diagnostics=diagnostics)
+        for diagnostics in (False, True)
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -212,7 +212,7 @@ class Shifted(Standard):
         return super().call(image, training=training) + (0.0 if tf.executing_eagerly() else 1e-3)
 
 
-class Randomized(Shifted):
+class RandomShifted(Shifted):
     is_randomized = True
 
 
@@ -222,8 +222,63 @@ def test_model_unlike_the_defense_is_not_kept(make, labels, card, tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_randomised_defense_is_not_compared(make, labels, card, tmp_path):
-    assert export.save(make(Randomized), tmp_path, labels=labels, version=0, card=card).is_dir()
+def test_random_model_unlike_the_defense_at_the_same_draw_is_not_kept(make, labels, card, tmp_path):
+    with pytest.raises(InputError, match=r"differs from the model by 1\.0e-03 in logits"):
+        export.save(make(RandomShifted), tmp_path, labels=labels, version=0, card=card)
+    assert not os.listdir(tmp_path)
+
+
+def test_random_model_is_served_with_fresh_noise_and_without_seeds(noisy, noisy_versions, pixels):
+    loaded = tf.saved_model.load(str(noisy_versions[0]))
+    assert set(loaded.signatures) == {*export.SIGNATURES, "denoise"} and not hasattr(loaded, "diagnose")
+    image = tf.constant(np.repeat(pixels[:1] / np.float32(255), 3, axis=0))  # each image has noise of its own
+    for name, output in {"serving_default": "logits", "denoise": "image_denoised"}.items():
+        first, second = (loaded.signatures[name](image=image)[output].numpy().reshape(3, -1) for _ in range(2))
+        assert len(np.unique(np.concatenate([first, second]), axis=0)) == 6
+        assert loaded.signatures[name](image=image[:0])[output].shape[0] == 0
+    assert graph_ops(noisy_versions[0]) & {"NonDeterministicInts"} and not graph_ops(noisy_versions[0]) & PYTHON_OPS
+
+
+def test_diagnostics_answer_for_a_seed_as_the_model_does(noisy, noisy_versions, pixels):
+    diagnose = tf.saved_model.load(str(noisy_versions[1])).signatures["diagnose"]
+    assert diagnose.structured_input_signature[1]["seed"] == tf.TensorSpec([None, 2], tf.int32, "seed")
+    image, seed = tf.constant(pixels / np.float32(255)), tf.reshape(tf.range(12), [6, 2])
+    found = diagnose(image=image, seed=seed)
+    assert set(found) == {"logits", "probabilities", "image_denoised"}
+    np.testing.assert_allclose(found["logits"], noisy(image, seed=seed), atol=1e-5)
+    np.testing.assert_allclose(found["probabilities"], tf.nn.softmax(noisy(image, seed=seed)), atol=1e-5)
+    np.testing.assert_allclose(found["image_denoised"], noisy.front(image, seed=seed), atol=1e-5)
+    one = diagnose(image=image[4:5], seed=seed[4:5])  # whatever batch an image is in
+    np.testing.assert_allclose(one["logits"], found["logits"][4:5], atol=1e-5)
+    empty = diagnose(image=image[:0], seed=seed[:0])
+    assert empty["logits"].shape == (0, 3) and empty["image_denoised"].shape == (0, 8, 8, 3)
+
+
+def test_denoiser_that_draws_at_random_is_exported_alone(noisy, noisy_versions, pixels):
+    alone = keras.models.load_model(noisy_versions[0] / "denoiser.keras")
+    image, seed = tf.constant(pixels / np.float32(255)), tf.reshape(tf.range(12), [6, 2])
+    np.testing.assert_allclose(alone(image, seed=seed), noisy.front(image, seed=seed), atol=1e-6)
+    assert alone.is_randomized and np.abs(alone(image) - alone(image)).max() > 1e-3
+
+
+def test_frozen_noise_and_other_weights_are_not_kept(make, noisy, labels, card, tmp_path, monkeypatch):
+    class Frozen(type(noisy)):
+        def call(self, image, training=False, seed=None):
+            frozen = seed is None and not tf.executing_eagerly()
+            return super().call(image, seed=tf.zeros([tf.shape(image)[0], 2], tf.int32) if frozen else seed)
+
+    with pytest.raises(InputError, match="gives the same logits twice, with its noise frozen"):
+        export.save(make(Frozen), tmp_path, labels=labels, version=0, card=card)
+    monkeypatch.setattr("kerasdefense.export.saved_model._contents", lambda variables: {id(variables)})
+    with pytest.raises(InputError, match="has other weights than the model"):
+        export.save(noisy, tmp_path, labels=labels, version=0, card=card)
+    assert not os.listdir(tmp_path)
+
+
+def test_diagnostics_of_a_model_that_draws_nothing_are_refused(defense, labels, card, tmp_path):
+    with pytest.raises(UsageError, match="--export_diagnostics is for models that draw at random"):
+        export.save(defense, tmp_path, labels=labels, version=0, card=card, diagnostics=True)
+    assert not os.listdir(tmp_path)
 
 
 def test_model_without_finite_logits_is_not_kept(make, labels, card, tmp_path):
