@@ -30,7 +30,8 @@ class Case:
         w_kl: weight of learning with a peer; -1 = the method's own, 0 = no peer.
         share_forward: whether DFA passes every image once, not the images of each pair separately.
         dynamic: whether CAFD attacks at each step, not before training.
-        denoiser_width: channels of the first stage of CAFD's denoiser, of its critic half as many.
+        denoiser_width: channels of the first stage of CAFD's denoiser or AToP's purifier, of their critics half as
+            many.
         awp_gamma: adversarial weight perturbation; 0 = none.
         ema_decay: decay of an average of the weights; 0 = none.
     """
@@ -70,9 +71,8 @@ class Case:
 
     @property
     def _widths(self) -> dict[str, int]:
-        if self.defense != "cafd":  # which alone has such networks
-            return {}
-        return {"denoiser_width": self.denoiser_width, "critic_width": max(1, self.denoiser_width // 2)}
+        name = {"atop": "purifier_width", "cafd": "denoiser_width"}.get(self.defense)
+        return {name: self.denoiser_width, "critic_width": max(1, self.denoiser_width // 2)} if name else {}
 
     @property
     def architecture(self) -> str:

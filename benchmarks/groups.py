@@ -8,6 +8,7 @@ from typing import Any, Callable, NamedTuple
 from benchmarks.agkd_floor import agkd_floor
 from benchmarks.attack_case import AttackCase
 from benchmarks.attacks import EVALUATION, measure_attack, rows_of_attack
+from benchmarks.atop_floor import atop_floor
 from benchmarks.cafd_floor import cafd_floor
 from benchmarks.case import Case
 from benchmarks.checkpoint import measure_checkpoint
@@ -76,6 +77,11 @@ def measure_agkd(case: Case, rounds: int) -> Measurement:
 def measure_cafd(case: Case, rounds: int) -> Measurement:
     """Time what `measure_control` does, against the floor of CAFD."""
     return measure(case, rounds, strategies=mirrored(), make_floor=cafd_floor)
+
+
+def measure_atop(case: Case, rounds: int) -> Measurement:
+    """Time what `measure_control` does, against the floor of AToP."""
+    return measure(case, rounds, strategies=mirrored(), make_floor=atop_floor)
 
 
 def rows_of_steps(case: Case, measurement: Measurement) -> list[Row]:
@@ -183,6 +189,7 @@ CONTROLS = (
 )
 OSDN = dataclasses.replace(RESNET, backbone="osdn_resnet8", defense="osdn_caml")
 AGKD = dataclasses.replace(RESNET, defense="agkd_bml")
+ATOP = dataclasses.replace(RESNET, defense="atop", denoiser_width=20)
 CAFD = dataclasses.replace(RESNET, defense="cafd", steps=0)
 DFA = dataclasses.replace(RESNET, head="orthogonal", defense="dfa", steps=0)
 
@@ -274,6 +281,19 @@ GROUPS = (
         ),
         measure=measure_cafd,
         name=defense_name,
+        rows=rows_of_steps,
+        reference="floor",
+    ),
+    Group(
+        kind="training",
+        title="A step of AToP ({case})",
+        columns=against_floor(at_most=1.25),
+        cases=(dataclasses.replace(ATOP, steps=1), dataclasses.replace(ATOP, steps=3)),
+        quick_cases=(
+            dataclasses.replace(ATOP, width=4, image_shape=(8, 8, 1), batch_size=32, denoiser_width=2, steps=1),
+        ),
+        measure=measure_atop,
+        name=defense_and_attack_name,
         rows=rows_of_steps,
         reference="floor",
     ),

@@ -56,7 +56,7 @@ class AToP(Defense):
         missing_rate: share of blocks left out.
         block_size: pixels along the side of a block; 0 = an eighth of the image's.
         masks: passes of RT3.
-        mask_scope: "image" or "batch".
+        mask_scope: "image" or "batch", in training; what is deployed draws for each image.
         attack_through: "classifier", f alone, which does not know of g; "pipeline", all of it under one draw; or
             "pipeline-eot", the mean over `eot_draws`.
         eot_draws: draws of "pipeline-eot", the first of which is that of step 2 where noise is shared.
@@ -156,9 +156,9 @@ class AToP(Defense):
         self.recon_input, self.recon_target = recon_input, recon_target
         self.votes, self.validation_draws = votes, validation_draws
         self.purifier_name, self.purifier_width, self.critic_width = purifier_name, purifier_width, critic_width
-        blocks = {"missing_rate": missing_rate, "block_size": block_size, "masks": masks, "scope": mask_scope}
-        self.transform = RandomTransform(rt, sigma=sigma, **blocks)
-        self.training_transform = RandomTransform(min(rt, 2), sigma=sigma, **blocks)
+        blocks = {"sigma": sigma, "missing_rate": missing_rate, "block_size": block_size, "masks": masks}
+        self.transform = RandomTransform(rt, **blocks)
+        self.training_transform = RandomTransform(min(rt, 2), scope=mask_scope, **blocks)
         if rt:
             self.transform.grid(*image_shape[:2])
         precision = backbones.precision_of(self.backbone)

@@ -155,7 +155,7 @@ class Defense(keras.Model):
 
         return {"exact": exact, **axis_paths(self.backbone)}
 
-    def purifier(self) -> Optional[keras.Model]:
+    def purification(self) -> Optional[keras.Model]:
         """Return what images in [0, 1] pass before the classifier, as a model of its own; None if nothing."""
         return None
 

@@ -214,7 +214,7 @@ class CAFD(Defense):
         """Return `exact`, `bpda_identity` and `oblivious`, as `purifying.purified_paths` describes them."""
         return purified_paths(self._bare_logits, lambda image, seed: self.denoised(image))
 
-    def purifier(self) -> keras.Model:
+    def purification(self) -> keras.Model:
         """Return the model from images to denoised images in [0, 1], for use in front of any classifier."""
         return backbones.purifier(self.denoiser)
 

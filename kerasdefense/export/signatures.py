@@ -131,7 +131,7 @@ def seeded(defense: Defense) -> Any:
 
 def purifier_of(defense: Defense) -> Any:
     """Return what images pass before a defense's classifier, None if nothing."""
-    return defense.purifier()
+    return defense.purification()
 
 
 def purified(purifier: Any, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from collections.abc import Sequence
+from typing import Any, Callable, Optional
 
 import keras
 import tensorflow as tf
@@ -105,7 +106,9 @@ class RandomTransform(keras.layers.Layer):
         if self.kind == 0:
             return image, tf.zeros_like(image[..., :1])
         seed = fresh_seeds(image) if seed is None else seed
-        noisy = self._noisy(image, seed) if self.kind > 1 and self.sigma else image
+        noisy = image
+        if self.kind > 1 and self.sigma:
+            noisy = tf.clip_by_value(image + self.sigma * self.noise(seed, image.shape[1:]), 0.0, 1.0)
         mask = self.drawn_masks(seed, height, width)
         if self.passes > 1:
             noisy = tf.repeat(noisy, self.passes, axis=0)
@@ -120,10 +123,10 @@ class RandomTransform(keras.layers.Layer):
             return image
         return tf.reduce_sum(tf.reshape(image * mask, [-1, self.passes, *image.shape[1:]]), axis=1)
 
-    def _noisy(self, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        shape = image.shape[1:]
-        noise = _for_each(lambda one_seed: tf.random.stateless_normal(shape, one_seed), seed, shape)
-        return tf.clip_by_value(image + self.sigma * noise, 0.0, 1.0)
+    @staticmethod
+    def noise(seed: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
+        """Return draws from N(0, 1), float32 [batch, *shape], by `seed` alone."""
+        return _for_each(lambda one_seed: tf.random.stateless_normal(shape, one_seed), seed, shape)
 
     def drawn_masks(self, seed: tf.Tensor, height: int, width: int) -> tf.Tensor:
         """Return masks float32 [batch * passes, height, width, 1], 1 where pixels are left out; by `seed` alone."""
@@ -152,7 +155,7 @@ def fresh_seeds(image: tf.Tensor) -> tf.Tensor:
     return tf.raw_ops.NonDeterministicInts(shape=tf.stack([tf.shape(image)[0], 2]), dtype=tf.int32)
 
 
-def _for_each(draw: Any, seed: tf.Tensor, shape: Any) -> tf.Tensor:
+def _for_each(draw: Callable[[tf.Tensor], tf.Tensor], seed: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
     """Return what `draw` gives of each of seeds [batch, 2], float32 [batch, *shape]."""
     drawn = tf.map_fn(draw, seed, fn_output_signature=tf.float32, parallel_iterations=32)
     return tf.ensure_shape(drawn, [None, *shape])

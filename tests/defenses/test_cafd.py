@@ -137,7 +137,7 @@ def test_untrained_denoiser_changes_neither_images_nor_logits():
     image = make_data()["image"]
     np.testing.assert_array_equal(defense.denoised(image), image)
     np.testing.assert_array_equal(defense(image), untrained()(image, training=False)["logits"])
-    np.testing.assert_array_equal(defense.purifier()(image), image)
+    np.testing.assert_array_equal(defense.purification()(image), image)
 
 
 # CAFD 10: a trained one changes both, and what leaves it is clipped
@@ -150,7 +150,7 @@ def test_defended_path_is_the_classifier_on_the_clipped_sum(still):
     assert np.abs(still(image) - still.backbone(image, training=False)["logits"]).max() > 1e-3
     for name, found in still.activations(image).items():
         np.testing.assert_allclose(found, expected[name], atol=1e-5)
-    np.testing.assert_allclose(still.purifier()(image), np.clip(whole, 0, 1), atol=1e-6)
+    np.testing.assert_allclose(still.purification()(image), np.clip(whole, 0, 1), atol=1e-6)
 
 
 # CAFD 13: a step trains denoiser and critic, and never the classifier

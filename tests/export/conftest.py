@@ -59,7 +59,7 @@ class Noisy(Standard):
     def call(self, image, training=False, seed=None):
         return self.backbone(self.front(image, seed=seed), training=training)["logits"]
 
-    def purifier(self):
+    def purification(self):
         return self.front
 
 
