@@ -23,6 +23,7 @@ from kerasdefense.losses.classification import (
     smoothing_over_others,
     targeted_dlr,
 )
+from kerasdefense.losses.hinge import hinge_adversarial_loss, hinge_critic_loss
 from kerasdefense.losses.metric import angular_distance, angular_triplet, mean_square
 from kerasdefense.losses.open_set_defense import open_set_defense_terms, peer_terms
 from kerasdefense.losses.reconstruction import reconstruction_error
@@ -46,6 +47,8 @@ __all__ = [
     "dlr",
     "doubted_divergence",
     "features_of",
+    "hinge_adversarial_loss",
+    "hinge_critic_loss",
     "kl_divergence",
     "margin",
     "mean_square",
