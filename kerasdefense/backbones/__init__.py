@@ -20,9 +20,11 @@ from kerasdefense.backbones.denoising import denoising_places, denoising_resnet,
 from kerasdefense.backbones.head import last_kernel, maps_of, pools_by_mean
 from kerasdefense.backbones.orthogonal import orthogonal_head, with_orthogonal_head
 from kerasdefense.backbones.own import as_backbone, fitted, load, read
+from kerasdefense.backbones.patch_critic import patch_critic
 from kerasdefense.backbones.plain import small_cnn
 from kerasdefense.backbones.precision import in_precision, precision_of, with_precision
 from kerasdefense.backbones.purification import Purification, purified
+from kerasdefense.backbones.purifiers import PURIFIERS, build_purifier
 from kerasdefense.backbones.resnet import bottleneck_resnet, cifar_resnet, resnet18
 from kerasdefense.backbones.unet import purifier, residual_unet
 from kerasdefense.backbones.vgg import vgg19
@@ -93,9 +95,12 @@ def _denoising(backbone: config.Backbone) -> dict[str, Any]:
 
 __all__ = [
     "BACKBONES",
+    "PURIFIERS",
+    "Purification",
     "as_backbone",
     "bottleneck_resnet",
     "build",
+    "build_purifier",
     "cifar_resnet",
     "critic",
     "decoder",
@@ -106,9 +111,11 @@ __all__ = [
     "last_kernel",
     "maps_of",
     "orthogonal_head",
+    "patch_critic",
     "plain_copy",
     "pools_by_mean",
     "precision_of",
+    "purified",
     "purifier",
     "read",
     "residual_unet",

@@ -9,8 +9,11 @@ from kerasdefense.backbones.blocks import ImageShape, Tensor
 from kerasdefense.layers import Gate
 from kerasdefense.types import UsageError
 
+_SCALE_OF_GATES = 5.3
+"""One over the mean of (ELU(a) sigmoid(b))^2, a and b drawn from N(0, 1)."""
 
-def gated_unet(image_shape: ImageShape, *, width: int = 24) -> keras.Model:
+
+def gated_unet(image_shape: ImageShape, *, width: int = 20) -> keras.Model:
     """Return a U-Net of gated convolutions from an image with missing blocks, and where they are, to a whole image.
 
     All features are at half the image's size, `width` channels, and at a quarter of it, `2 width`: a 5x5 convolution
@@ -73,13 +76,26 @@ def end(inputs: list[Tensor], coarse: Tensor, refined: Tensor, *, name: str) -> 
 
 
 def gated(
-    tensor: Tensor, filters: int, kernel_size: int = 3, *, stride: int = 1, name: str, dilation: int = 1
+    tensor: Tensor,
+    filters: int,
+    kernel_size: int = 3,
+    *,
+    stride: int = 1,
+    name: str,
+    dilation: int = 1,
+    activation: str = "elu",
+    keeps_scale: bool = False,
 ) -> Tensor:
-    """Convolve with bias, from kernels drawn he_uniform by the number of outputs, and gate."""
-    uniform = keras.initializers.VarianceScaling(2.0, mode="fan_out", distribution="uniform")
+    """Convolve with bias, and gate.
+
+    Kernels are drawn he_uniform by the number of outputs, by which features lose more than half of their scale in each
+    gate; or, where `keeps_scale`, by the number of inputs, so that normal features keep it through many of them.
+    """
+    scale, mode = (_SCALE_OF_GATES, "fan_in") if keeps_scale else (2.0, "fan_out")
+    uniform = keras.initializers.VarianceScaling(scale, mode=mode, distribution="uniform")
     settings = {"use_bias": True, "kernel_initializer": uniform, "dilation_rate": dilation}
     tensor = blocks.convolution(tensor, 2 * filters, kernel_size, stride=stride, name=f"{name}_conv", **settings)
-    return Gate(name=f"{name}_gate")(tensor)
+    return Gate(activation, name=f"{name}_gate")(tensor)
 
 
 def head(tensor: Tensor, channels: int, *, name: str) -> Tensor:
