@@ -6,9 +6,9 @@ import dataclasses
 from typing import Any, Callable, NamedTuple
 
 from benchmarks.agkd_floor import agkd_floor
+from benchmarks.atop_floor import atop_floor
 from benchmarks.attack_case import AttackCase
 from benchmarks.attacks import EVALUATION, measure_attack, rows_of_attack
-from benchmarks.atop_floor import atop_floor
 from benchmarks.cafd_floor import cafd_floor
 from benchmarks.case import Case
 from benchmarks.checkpoint import measure_checkpoint

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Optional
@@ -22,7 +21,7 @@ from kerasdefense.defenses.preset import Preset
 from kerasdefense.defenses.purifying import purified_paths
 from kerasdefense.defenses.stage import Stage
 from kerasdefense.layers import RandomTransform, fresh_seeds
-from kerasdefense.types import Activations, Context, InputError, LogitsFn, LossFn, PathFn, UsageError
+from kerasdefense.types import Activations, Context, InputError, LossFn, PathFn, UsageError
 
 RESTORATION = "restoration"
 _ATTACK, _UPDATE, _VALIDATION, _PICTURES = -1, -2, -3, -4
@@ -156,7 +155,12 @@ class AToP(Defense):
         self.recon_input, self.recon_target = recon_input, recon_target
         self.votes, self.validation_draws = votes, validation_draws
         self.purifier_name, self.purifier_width, self.critic_width = purifier_name, purifier_width, critic_width
-        blocks = {"sigma": sigma, "missing_rate": missing_rate, "block_size": block_size, "masks": masks}
+        blocks: dict[str, Any] = {
+            "sigma": sigma,
+            "missing_rate": missing_rate,
+            "block_size": block_size,
+            "masks": masks,
+        }
         self.transform = RandomTransform(rt, **blocks)
         self.training_transform = RandomTransform(min(rt, 2), scope=mask_scope, **blocks)
         if rt:
@@ -302,17 +306,16 @@ class AToP(Defense):
 
     def _goal(self, batch: Batch) -> tuple[LossFn, Context]:
         """Return the objective of step 1 and what it needs of each image."""
-        seed, draws = self._draw(batch, _ATTACK), self.eot_draws if self.attack_through == "pipeline-eot" else 1
-        context = {"label": batch.label}
-        if self.attack_through == "classifier":
-            loss_fn = OBJECTIVES[self.objective](self._bare_logits)
-            logits_fn: LogitsFn = self._bare_logits
-        else:
-            loss_fn = _mean_loss(self.objective, self._one_training_draw, seed, draws)
-            logits_fn = functools.partial(self._one_training_draw, seed=seed)
+        seed, context = self._draw(batch, _ATTACK), {"label": batch.label}
+        is_blind = self.attack_through == "classifier"
+        draws = self.eot_draws if self.attack_through == "pipeline-eot" else 1
+
+        def path(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+            return self._bare_logits(image) if is_blind else self._one_training_draw(image, seed)
+
         if self.objective == "kl_divergence":
-            context["logits"] = tf.stop_gradient(logits_fn(batch.image))
-        return loss_fn, context
+            context["logits"] = tf.stop_gradient(path(batch.image, seed))
+        return _mean_loss(self.objective, path, seed, draws), context
 
     def _draw(self, batch: Batch, which: int) -> tf.Tensor:
         """Return seeds int32 [batch, 2] of this step for one of its uses."""
@@ -414,12 +417,12 @@ class AToP(Defense):
 def _mean_loss(objective: str, path: PathFn, seed: tf.Tensor, draws: int) -> LossFn:
     """Return the mean of a key of OBJECTIVES over draws of a path, the first of which is by `seed` itself."""
 
+    def one_draw(draw: int) -> LossFn:
+        own = seeds.advance(seed, tf.fill(tf.shape(seed)[:1], draw)) if draw else seed
+        return OBJECTIVES[objective](lambda image: path(image, own))
+
     def loss_fn(image: tf.Tensor, context: Context) -> tf.Tensor:
-        found = []
-        for draw in range(draws):
-            own = seeds.advance(seed, tf.fill(tf.shape(seed)[:1], draw)) if draw else seed
-            found.append(OBJECTIVES[objective](functools.partial(path, seed=own))(image, context))
-        return tf.add_n(found) / draws
+        return tf.add_n([one_draw(draw)(image, context) for draw in range(draws)]) / draws
 
     return loss_fn
 

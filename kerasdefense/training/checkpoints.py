@@ -114,7 +114,10 @@ def _flags_of(run: config.Run) -> dict[str, Any]:
         "data": dataclasses.replace(run.data, dir=data_dir),
         "backbone": dataclasses.replace(run.backbone, path=_whole(run.backbone.path)),
         "defense": dataclasses.replace(
-            run.defense, **{name: _whole(getattr(run.defense, name)) for name in ("teacher", "classifier", "purifier")}
+            run.defense,
+            teacher=_whole(run.defense.teacher),
+            classifier=_whole(run.defense.classifier),
+            purifier=_whole(run.defense.purifier),
         ),
         **{section: getattr(run, section) for section in ("attack", "train")},
     }
