@@ -179,8 +179,8 @@ class Defense:
     )
     classifier: str = _field(
         "",
-        "classifier that cafd or atop defends: a .keras or .h5 file, a SavedModel folder of Keras or a published folder; empty "
-        "= train one first, as the backbone flags describe it, in classifier/ of the run directory",
+        "classifier that cafd or atop defends: a .keras or .h5 file, a SavedModel folder of Keras or a published "
+        "folder; empty = train one first, as the backbone flags describe it, in classifier/ of the run directory",
     )
     classifier_epochs: int = _field(0, "epochs of that training; 0 = as many as --train_epochs", low=0)
     lam_f: float = _field(-1.0, "weight of the features; -1 = the method's own (cafd 1000)", low=-1)
@@ -253,7 +253,8 @@ class Defense:
     share_noise: bool = _field(True, "atop's update takes the noise that its attack saw, not another draw")
     lam_ce: float = _field(
         -1.0,
-        "weight of the classifier's cross-entropy in atop; -1 = the method's own (0.1), 0 = pre-train the purifier only",
+        "weight of the cross-entropy through the classifier; -1 = the method's own (atop 0.1), 0 = pre-train atop's "
+        "purifier, and no more",
         low=-1,
     )
     lam_l1: float = _field(-1.0, "weight of the distance of pixels; -1 = the method's own (atop 2)", low=-1)
