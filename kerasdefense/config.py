@@ -362,7 +362,7 @@ class Evaluate:
     long_examples: int = _field(
         128,
         "test images, from the first on, for the long attacks on models that draw at random, R3, R4 and R5 of their "
-        "protocol; 0 = all",
+        "protocol, and for --evaluate_unseen; 0 = all",
         low=0,
     )
     open_set: bool = _field(

@@ -17,7 +17,7 @@ from kerasdefense import flags, run
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.cfg") if not path.stem.startswith("base"))
-CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "mnist": 10, "svhn_cropped": 10}
+CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "imagenette/320px-v2": 10, "mnist": 10, "svhn_cropped": 10}
 KNOWN = 6
 """Classes that a published open-set split leaves of ten."""
 FOLDERS = 25
@@ -30,6 +30,7 @@ FEW = [
     "--train_epochs=1",
     "--defense_classifier_epochs=0",
     "--defense_teacher_epochs=0",
+    "--defense_pretrain_epochs=-1",
     "--train_steps_per_epoch=1",
     "--train_batch_size=4",
     "--train_validate_every=1",
@@ -44,7 +45,13 @@ FEW = [
     "--noprogress",
 ]
 
-FROM_SCRATCH = ["--backbone_path=", "--defense_teacher=", "--defense_classifier=", "--defense_crafted="]
+FROM_SCRATCH = [
+    "--backbone_path=",
+    "--defense_teacher=",
+    "--defense_classifier=",
+    "--defense_crafted=",
+    "--defense_purifier=",
+]
 """In place of models that other configurations train."""
 
 every_config = pytest.mark.parametrize("flagfile", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -53,7 +60,8 @@ every_config = pytest.mark.parametrize("flagfile", CONFIGS, ids=lambda path: f"{
 def random_images(builder, **reading):
     """Random images of every class, as `as_dataset` reads a split whose images stay encoded."""
     features = builder.info.features
-    image = np.random.default_rng(0).integers(256, size=(IMAGES, *features["image"].shape), dtype=np.uint8)
+    shape = [side or 64 for side in features["image"].shape]  # of a set whose images differ in size
+    image = np.random.default_rng(0).integers(256, size=(IMAGES, *shape), dtype=np.uint8)
     label = np.arange(IMAGES) % features["label"].num_classes
     encoded = [tf.io.encode_png(each).numpy() for each in image]
     return tf.data.Dataset.from_tensor_slices({"image": encoded, "label": label})

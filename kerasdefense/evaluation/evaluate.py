@@ -72,12 +72,12 @@ def evaluate(
         is_randomised: whether the model draws at random; None = find out. It then gets the protocol for such models in
             place of a suite's attacks, as the suite says.
         sanity_examples: images for the sanity battery and the security curve, from the first on; 0 = neither.
-        long_examples: images, from the first on, for R3, R4 and R5 of that protocol; 0 = all.
+        long_examples: images, from the first on, for R3, R4 and R5 of that protocol, and for `look_outside`; 0 = all.
         features: `features(image) -> [n, d]`, what enters the last layer; for attacks that match it, which do not run
             without, and for S16, which else looks at the logits.
         class_activation: `class_activation(image) -> [n, h, w, c]`, the class activation features of the path `exact`;
             for attacks that go away from those of the clean image, which do not run without.
-        look_outside: measure accuracy on corrupted images and after StAdv too, on those of the sanity battery.
+        look_outside: measure accuracy on corrupted images and after StAdv too.
         save: .npz file that receives, per example, the worst image found and every outcome.
 
     Returns:
@@ -126,8 +126,9 @@ def evaluate(
             radii = Radii(subject, draws=EOT_DRAWS if is_random else 1)
             results["curve"] = security_curve(radii)
             results["sanity"] = battery(radii, chosen.checks, measured)
-            if look_outside:
-                results["unseen"] = unseen(subject)
+        if look_outside and measured.complete:
+            chunk = first_images(dataset, min(long_examples or options.examples, options.examples or long_examples))
+            results["unseen"] = unseen(Subject(attack_paths, chunk, threat_model, classes, options, features))
         if has_protocol and measured.complete:
             model = randomised.RandomModel(exact, dataset, threat_model, classes, options, **asked)
             blocks = measured.journal.blocks()
