@@ -111,9 +111,10 @@ def plan(
     families = dict.fromkeys(name.split(":")[0] for name in paths if not name.startswith(SURROGATE))
     others = tuple(apgd._replace(draws=EOT_DRAWS, path=family) for family in families if family not in (*_KNOWN, *AIDS))
     elsewhere = (apgd._replace(path=OBLIVIOUS), apgd._replace(path=FIXED_NOISE), *others)
-    if few:
-        return (pgd._replace(draws=_FEW_DRAWS, path=EXACT), *elsewhere)
     fgsm = PlannedAttack("fgsm", FGSM(norm, epsilon))
+    one_step = (fgsm._replace(path=EXACT), fgsm._replace(path=OBLIVIOUS))
+    if few:
+        return (*one_step, pgd._replace(draws=_FEW_DRAWS, path=EXACT), *elsewhere)
     long = PGD(norm, epsilon, steps=200, step_size=_R3_STEP * epsilon, random_start=False)
     square = Square(norm, epsilon, queries=1000)
     exact = (
@@ -122,8 +123,7 @@ def plan(
         PlannedAttack("square", square, "margin", EOT_DRAWS, examples=long_examples),
     )
     return (
-        fgsm._replace(path=EXACT),
-        fgsm._replace(path=OBLIVIOUS),
+        *one_step,
         *elsewhere,
         pgd._replace(draws=EOT_DRAWS, path=BPDA),
         *(each._replace(path=EXACT) for each in exact),
