@@ -457,7 +457,8 @@ def _purifier_of(model: keras.Model) -> keras.Model:
 def _check_purifier(purifier: keras.Model, image_shape: Optional[tuple[int, ...]] = None) -> None:
     shapes = getattr(purifier, "input_shape", None)
     outputs = getattr(purifier, "output_shape", None)
-    if not isinstance(shapes, list) or len(shapes) != 2 or not isinstance(outputs, dict):
+    is_purifier = isinstance(outputs, dict) and {"coarse", "refined"} <= set(outputs)
+    if not isinstance(shapes, list) or len(shapes) != 2 or not is_purifier:
         raise InputError(
             f"model {purifier.name!r} is no purifier, which takes [image, mask] and returns coarse and refined images"
         )
