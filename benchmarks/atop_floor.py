@@ -57,7 +57,7 @@ def atop_floor(case: Case) -> Step:
         gradients = tape_of_critic.gradient(of_critic, critic.trainable_variables)
         with tape:
             distances = [tf.reduce_mean(tf.abs(restored[name] - image)) for name in ("coarse", "refined")]
-            judged = critic([restored["refined"], mask], training=True)
+            judged = critic([restored["refined"], mask], training=False)
             value = defense.lam_l1 * tf.add_n(distances)
             value += tf.reduce_mean(defense.lam_gan * losses.hinge_adversarial_loss(judged))
             value += defense.lam_ce * tf.reduce_mean(cross_entropy_of(restored["refined"]))

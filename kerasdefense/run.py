@@ -61,6 +61,12 @@ def load_defense(run: config.Run, splits: Splits) -> Defense:
     if (defense.attack.norm, defense.attack.epsilon) != (run.attack.norm, run.attack.epsilon):
         trained = f"{defense.attack.norm} at {defense.attack.epsilon:g}"
         raise InputError(f"{path} was made for {trained}; to attack it at another radius pass --evaluate_epsilon")
+    for name in defense.answers_by:
+        has, asked = getattr(defense, name), getattr(run.defense, name)
+        if has != asked:
+            raise UsageError(
+                f"{path} answers with --defense_{name}={has}, not {asked}: leave the flag as it was trained"
+            )
     shape, classes = defense.backbone.input_shape[1:], defense.backbone.output_shape["logits"][-1]
     if shape != splits.image_shape or classes != len(splits.labels):
         found = f"{splits.name} has images {splits.image_shape} of {len(splits.labels)} classes"

@@ -24,7 +24,7 @@ from kerasdefense.backbones.patch_critic import patch_critic
 from kerasdefense.backbones.plain import small_cnn
 from kerasdefense.backbones.precision import in_precision, precision_of, with_precision
 from kerasdefense.backbones.purification import Purification, purified
-from kerasdefense.backbones.purifiers import PURIFIERS, build_purifier
+from kerasdefense.backbones.purifiers import PURIFIERS, build_purifier, check_purifier, purifier_in
 from kerasdefense.backbones.resnet import bottleneck_resnet, cifar_resnet, resnet18
 from kerasdefense.backbones.unet import purifier, residual_unet
 from kerasdefense.backbones.vgg import vgg19
@@ -101,6 +101,7 @@ __all__ = [
     "bottleneck_resnet",
     "build",
     "build_purifier",
+    "check_purifier",
     "cifar_resnet",
     "critic",
     "decoder",
@@ -117,6 +118,7 @@ __all__ = [
     "precision_of",
     "purified",
     "purifier",
+    "purifier_in",
     "read",
     "residual_unet",
     "resnet18",

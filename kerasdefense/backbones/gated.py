@@ -41,14 +41,11 @@ def gated_unet(image_shape: ImageShape, *, width: int = 20) -> keras.Model:
     low = gated(gated(half, 2 * width, stride=2, name="down2_1"), 2 * width, name="down2_2")
     up = gated(resized(low, half, name="up_resize"), width, name="up_1")
     up = gated(keras.layers.Add(name="up_sum")([up, half]), width, name="up_2")
-    last = keras.layers.Conv2DTranspose(
-        image_shape[-1], 4, strides=2, padding="same", activation="sigmoid", dtype="float32", name="restored"
-    )
-    restored = last(up)
-    rows, columns = (made - side for made, side in zip(restored.shape[1:3], image_shape))
+    last = keras.layers.Conv2DTranspose(image_shape[-1], 4, strides=2, padding="same", name="restored_conv")(up)
+    rows, columns = (made - side for made, side in zip(last.shape[1:3], image_shape))
     if rows or columns:
-        crop = keras.layers.Cropping2D(((0, rows), (0, columns)), dtype="float32", name="restored_crop")
-        restored = crop(restored)
+        last = keras.layers.Cropping2D(((0, rows), (0, columns)), name="restored_crop")(last)
+    restored = keras.layers.Activation("sigmoid", dtype="float32", name="restored")(last)
     return end(inputs, restored, restored, name="gated_unet")
 
 

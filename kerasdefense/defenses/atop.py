@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Optional
 
 import keras
 import tensorflow as tf
 
 from kerasdefense import backbones, config, losses
-from kerasdefense.attacks import OBJECTIVES, PGD, seeds
+from kerasdefense.attacks import PGD, seeds
 from kerasdefense.attacks.wrappers import draws_of, fixed_noise
-from kerasdefense.defenses import teaching
+from kerasdefense.defenses import crafting, teaching
 from kerasdefense.defenses.base import ADVERSARIAL_ACCURACY, CLEAN_ACCURACY, Defense
 from kerasdefense.defenses.batch import Batch
 from kerasdefense.defenses.descent import Terms
@@ -21,10 +21,10 @@ from kerasdefense.defenses.preset import Preset
 from kerasdefense.defenses.purifying import purified_paths
 from kerasdefense.defenses.stage import Stage
 from kerasdefense.layers import RandomTransform, fresh_seeds
-from kerasdefense.types import Activations, Context, InputError, LossFn, PathFn, UsageError
+from kerasdefense.types import Activations, Context, LossFn, PathFn, UsageError
 
 RESTORATION = "restoration"
-_ATTACK, _UPDATE, _VALIDATION, _PICTURES = -1, -2, -3, -4
+_ATTACK, _UPDATE, _VALIDATION, _PICTURES, _VALIDATION_ATTACK = -1, -2, -3, -4, -5
 """Which of an example's draws: of the attack at a step, of the update where that has its own, and the others'."""
 
 
@@ -86,6 +86,8 @@ class AToP(Defense):
     terms: tuple[str, ...] = ()
     parts = ("backbone", "purifier", "critic")
     deployed = ("backbone", "purifier")
+    trained = "purifier"
+    answers_by = ("rt", "sigma", "missing_rate", "block_size", "masks", "votes")
     presets: ClassVar[Mapping[str, Preset]] = {
         "released": Preset({"attack_through": "classifier", "lam_ce": 0.05, "lam_gan": 0.0, "mask_scope": "batch"})
     }
@@ -169,7 +171,7 @@ class AToP(Defense):
         self.purifier = purifier or backbones.with_precision(
             backbones.build_purifier(purifier_name, image_shape, width=purifier_width), precision
         )
-        _check_purifier(self.purifier, image_shape)
+        backbones.check_purifier(self.purifier, image_shape)
         if critic is not None and not lam_gan:
             raise UsageError("with lam_gan=0 nothing is learnt from a critic; leave critic out")
         self.critic = critic
@@ -188,10 +190,14 @@ class AToP(Defense):
         """Return the training of the classifier on clean images, and the pre-training of the purifier."""
         own = run.defense
         found = [teaching.classifier_stage(run)]
-        if own.purifier and own.pretrain_epochs > 0:
-            raise UsageError(
-                "--defense_pretrain_epochs is for a purifier that is trained; leave it or --defense_purifier out"
-            )
+        unset = config.Defense()
+        for name in ("pretrain_epochs", "purifier_name", "purifier_width") if own.purifier else ():
+            if getattr(own, name) != getattr(unset, name):
+                raise UsageError(
+                    f"--defense_{name} is for a purifier that is made here; leave it or --defense_purifier out"
+                )
+        if not own.lam_ce and own.pretrain_epochs >= 0:
+            raise UsageError("--defense_lam_ce=0 is pre-training itself: leave --defense_pretrain_epochs out")
         if own.purifier or (own.lam_ce and own.pretrain_epochs):
             found.append(_purifier_stage(run))
         return tuple(found)
@@ -213,7 +219,7 @@ class AToP(Defense):
 
         Args:
             image: float32 in [0, 1].
-            training: of no effect: the classifier is frozen, and purifiers have no such mode.
+            training: of no effect: all of it is in inference mode.
             seed: int32 [batch, 2], what each image is transformed by; None = fresh noise.
         """
         del training
@@ -315,7 +321,7 @@ class AToP(Defense):
 
         if self.objective == "kl_divergence":
             context["logits"] = tf.stop_gradient(path(batch.image, seed))
-        return _mean_loss(self.objective, path, seed, draws), context
+        return crafting.mean_loss(self.objective, path, seed, draws), context
 
     def _draw(self, batch: Batch, which: int) -> tf.Tensor:
         """Return seeds int32 [batch, 2] of this step for one of its uses."""
@@ -324,17 +330,13 @@ class AToP(Defense):
 
     def _descend_critic(self, real: tf.Tensor, fake: tf.Tensor, mask: tf.Tensor) -> None:
         """Take step 3."""
+        critic: Any = self.critic
 
         def forward() -> tuple[Terms, None]:
-            judged = [self._judged(each, mask) for each in (real, fake)]
+            judged = [critic([each, mask], training=True) for each in (real, fake)]
             return {"critic_loss": losses.hinge_critic_loss(*judged)}, None
 
         self.descend(forward, optimizer=1)
-
-    def _judged(self, image: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-        """Return the critic's judgements [batch, places], in training mode."""
-        critic: Any = self.critic
-        return critic([image, mask], training=True)
 
     def _restoring_terms(
         self, restored: Mapping[str, tf.Tensor], target: tf.Tensor, mask: tf.Tensor
@@ -344,7 +346,7 @@ class AToP(Defense):
         if self.lam_l1:
             terms["reconstruction_loss"] = self.lam_l1 * _distance(restored, target)
         if self.critic is not None:
-            judged = self._judged(restored["refined"], mask)
+            judged = self.critic([restored["refined"], mask], training=False)
             terms["adversarial_loss"] = self.lam_gan * losses.hinge_adversarial_loss(judged)
         return terms
 
@@ -374,57 +376,35 @@ class AToP(Defense):
         return {name: self.means[name].result() for name in (CLEAN_ACCURACY, ADVERSARIAL_ACCURACY)}
 
     def attacked(self, batch: Batch) -> tf.Tensor:
-        """Return images [batch, h, w, c] that the validation attack finds for the mean loss of `validation_draws`."""
+        """Return images [batch, h, w, c] that the validation attack finds for the mean loss of `validation_draws`.
+
+        Each of its steps has draws of its own, but where it takes more than ten.
+        """
         draws = self.validation_draws if self.is_randomized else 1
-        seed = seeds.per_example(self.seed, _ATTACK, batch.index)
-        goal = _mean_loss("cross_entropy", self._one_draw, seed, draws)
-        return self._search(self.validation_attack, goal, batch.image, {"label": batch.label}, seed)
+        start = seeds.per_example(self.seed, _ATTACK, batch.index)
+        noise = seeds.per_example(self.seed, _VALIDATION_ATTACK, batch.index)
+        goal = crafting.mean_loss("cross_entropy", self._one_draw, noise, draws, anew=True)
+        return self._search(self.validation_attack, goal, batch.image, {"label": batch.label}, start)
 
     def drawn(self, image: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Return images as a random transform leaves them, and as they are restored; the same at every call."""
+        """Return images as the transform leaves them, in its first pass, and restored; the same at every call."""
         seed = seeds.per_example(self.seed, _PICTURES, tf.range(tf.shape(image)[0]))
-        transformed, _ = self.training_transform(image, seed)
-        return {"transformed": transformed, "purified": self.purified(image, seed)}
+        transformed, _ = self.transform(image, seed)
+        return {"transformed": transformed[:: self.transform.passes], "purified": self.purified(image, seed)}
 
     def _validation_seed(self, batch: Batch) -> tf.Tensor:
         return seeds.per_example(self.seed, _VALIDATION, batch.index)
 
     # Keras.
 
-    @property
-    def trainable_variables(self) -> list[Any]:
-        """The variables of g, all that Keras may hand to the first optimizer when `fit` ends."""
-        return self.purifier.trainable_variables
-
-    def optimizers(self) -> list[tuple[keras.optimizers.Optimizer, Sequence[Any]]]:
-        """Return the optimizer of g, and that of D, with their variables."""
-        own = super().optimizers()
-        return own if self.critic is None else [*own, (self.critic_optimizer, self.critic.trainable_variables)]
-
     def compile(self, optimizer: Any = "adam", **kwargs: Any) -> None:
         """Set the optimizer, and one of the same settings for the critic."""
-        optimizer = self.prepare(optimizer)
-        if self.critic is not None:
-            self.critic_optimizer = self.prepare(type(optimizer).from_config(optimizer.get_config()))
         super().compile(optimizer=optimizer, **kwargs)
         self.means[RESTORATION] = keras.metrics.Mean(name=RESTORATION)
 
     def get_config(self) -> dict[str, Any]:
         """Return every constructor argument; the classifier is the backbone."""
         return {**super().get_config(), **{name: getattr(self, name) for name in self.settings}, "classifier": None}
-
-
-def _mean_loss(objective: str, path: PathFn, seed: tf.Tensor, draws: int) -> LossFn:
-    """Return the mean of a key of OBJECTIVES over draws of a path, the first of which is by `seed` itself."""
-
-    def one_draw(draw: int) -> LossFn:
-        own = seeds.advance(seed, tf.fill(tf.shape(seed)[:1], draw)) if draw else seed
-        return OBJECTIVES[objective](lambda image: path(image, own))
-
-    def loss_fn(image: tf.Tensor, context: Context) -> tf.Tensor:
-        return tf.add_n([one_draw(draw)(image, context) for draw in range(draws)]) / draws
-
-    return loss_fn
 
 
 def _distance(restored: Mapping[str, tf.Tensor], target: tf.Tensor) -> tf.Tensor:
@@ -444,27 +424,7 @@ def _purifier_stage(run: config.Run) -> Stage:
         attack=dataclasses.replace(run.attack, warmup_epochs=0.0, ramp_epochs=0.0),
         train=dataclasses.replace(run.train, epochs=epochs, validate_every=min(run.train.validate_every, epochs)),
     )
-    return Stage("purifier", of_purifier, take=_purifier_of, saved=run.defense.purifier)
-
-
-def _purifier_of(model: keras.Model) -> keras.Model:
-    """Return the purifier in an AToP model or in front of a classifier, or the model if it is one."""
-    found = getattr(model, "purifier", model)
-    _check_purifier(found)
-    return found
-
-
-def _check_purifier(purifier: keras.Model, image_shape: Optional[tuple[int, ...]] = None) -> None:
-    shapes = getattr(purifier, "input_shape", None)
-    outputs = getattr(purifier, "output_shape", None)
-    is_purifier = isinstance(outputs, dict) and {"coarse", "refined"} <= set(outputs)
-    if not isinstance(shapes, list) or len(shapes) != 2 or not is_purifier:
-        raise InputError(
-            f"model {purifier.name!r} is no purifier, which takes [image, mask] and returns coarse and refined images"
-        )
-    takes, gives = tuple(shapes[0][1:]), tuple(outputs["refined"][1:])
-    if image_shape is not None and (takes, gives) != (image_shape, image_shape):
-        raise InputError(f"the purifier makes images {gives} of {takes}, but those of the data are {image_shape}")
+    return Stage("purifier", of_purifier, take=backbones.purifier_in, saved=run.defense.purifier)
 
 
 def _check_weights(weights: Mapping[str, float]) -> None:

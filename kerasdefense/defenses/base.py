@@ -69,6 +69,12 @@ class Defense(keras.Model):
     """Constructor arguments that are models, or None."""
     deployed: ClassVar[tuple[str, ...]] = ("backbone",)
     """Those of them that the defended path passes."""
+    trained: ClassVar[str] = ""
+    """That of them which the first optimizer updates, where others stay as they are; "" = all that is trainable."""
+    answers_by: ClassVar[tuple[str, ...]] = ()
+    """Settings of the defended path that no weight depends on, so that a saved model may have others than flags say."""
+    critic: Any = None
+    """A network that judges what the trained part makes, with an optimizer of its own."""
 
     def __init__(
         self,
@@ -272,8 +278,9 @@ class Defense(keras.Model):
     # What every optimizer is for, and the averages that some of them keep.
 
     def optimizers(self) -> list[tuple[keras.optimizers.Optimizer, Sequence[Any]]]:
-        """Return each optimizer with the variables that it updates."""
-        return [(self.optimizer, self.trainable_variables)]
+        """Return each optimizer with the variables that it updates, the critic's last."""
+        own: list[tuple[Any, Sequence[Any]]] = [(self.optimizer, self.trainable_variables)]
+        return own if self.critic is None else [*own, (self.critic_optimizer, self.critic.trainable_variables)]
 
     def averaged(self) -> AbstractContextManager[None]:
         """Return a context in which the averages of every optimizer that keeps some stand in for the weights."""
@@ -281,9 +288,20 @@ class Defense(keras.Model):
 
     # Keras.
 
+    @property
+    def trainable_variables(self) -> list[Any]:
+        """The variables of the trained part, all that Keras may hand to the first optimizer when `fit` ends."""
+        return getattr(self, self.trained).trainable_variables if self.trained else super().trainable_variables
+
     def compile(self, optimizer: Any = "sgd", **kwargs: Any) -> None:
-        """Set the optimizer; losses and metrics are the method's own. Scales, offsets and biases are not decayed."""
-        super().compile(optimizer=self.prepare(optimizer), **kwargs)
+        """Set the optimizer, and one of the same settings for a critic; losses and metrics are the method's own.
+
+        Scales, offsets and biases are not decayed.
+        """
+        optimizer = self.prepare(optimizer)
+        if self.critic is not None:
+            self.critic_optimizer = self.prepare(type(optimizer).from_config(optimizer.get_config()))
+        super().compile(optimizer=optimizer, **kwargs)
         for each, variables in self.optimizers():  # now, so that their slots can be restored
             each.build(variables)
         names = (*self.terms, CLEAN_ACCURACY, ADVERSARIAL_ACCURACY)

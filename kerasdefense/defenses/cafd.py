@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Optional
 
 import keras
@@ -89,6 +89,7 @@ class CAFD(Defense):
     monitor = "restoration"
     parts = ("backbone", "denoiser", "critic")
     deployed = ("backbone", "denoiser")
+    trained = "denoiser"
     presets: ClassVar[Mapping[str, Preset]] = {
         "released": Preset(
             {
@@ -380,21 +381,8 @@ class CAFD(Defense):
 
     # Keras.
 
-    @property
-    def trainable_variables(self) -> list[Any]:
-        """The variables of C, all that Keras may hand to the first optimizer when `fit` ends."""
-        return self.denoiser.trainable_variables
-
-    def optimizers(self) -> list[tuple[keras.optimizers.Optimizer, Sequence[Any]]]:
-        """Return the optimizer of C, and that of D, with their variables."""
-        own = super().optimizers()
-        return own if self.critic is None else [*own, (self.critic_optimizer, self.critic.trainable_variables)]
-
     def compile(self, optimizer: Any = "adam", **kwargs: Any) -> None:
         """Set the optimizer, and one of the same settings for the critic."""
-        optimizer = self.prepare(optimizer)
-        if self.critic is not None:
-            self.critic_optimizer = self.prepare(type(optimizer).from_config(optimizer.get_config()))
         super().compile(optimizer=optimizer, **kwargs)
         if self.reset_each_epoch:
             for each, _ in self.optimizers():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Callable
 
 import keras
 import tensorflow as tf
 
-from kerasdefense.attacks import FEATURE_DISTANCE, OBJECTIVES, PGD, TARGETED, TO_CLASS
-from kerasdefense.types import Context, LossFn, UsageError, look_up
+from kerasdefense.attacks import FEATURE_DISTANCE, OBJECTIVES, PGD, TARGETED, TO_CLASS, seeds
+from kerasdefense.types import Context, LossFn, PathFn, UsageError, look_up
 
 FLOAT16_SCALE = 1024.0
 """What an objective is multiplied by in float16, where gradients of images would else round to zero."""
@@ -54,3 +55,26 @@ def with_rising_radius(
         return find(attack)
     share = tf.clip_by_value(tf.cast(step - warmup + 1, tf.float32) / max(1, ramp), 0.0, 1.0)
     return tf.cond(share > 0, lambda: find(attack.scaled(share)), lambda: image)
+
+
+def mean_loss(objective: str, path: PathFn, seed: tf.Tensor, draws: int, *, anew: bool = False) -> LossFn:
+    """Return the mean of a key of OBJECTIVES over draws of a path: expectation over transformation.
+
+    Args:
+        objective: of the logits.
+        path: `(image, seed) -> logits`.
+        seed: int32 [batch, 2]; draw 0 is by the seed itself.
+        draws: how many.
+        anew: whether each call that is traced has draws of its own, as the steps of an attack that are not a loop do.
+    """
+    calls = itertools.count()
+
+    def one_draw(number: int) -> LossFn:
+        own = seeds.advance(seed, tf.fill(tf.shape(seed)[:1], number)) if number else seed
+        return OBJECTIVES[objective](lambda image: path(image, own))
+
+    def loss_fn(image: tf.Tensor, context: Context) -> tf.Tensor:
+        first = draws * next(calls) if anew else 0
+        return tf.add_n([one_draw(first + draw)(image, context) for draw in range(draws)]) / draws
+
+    return loss_fn

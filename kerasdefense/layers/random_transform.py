@@ -37,7 +37,7 @@ class RandomTransform(keras.layers.Layer):
         block_size: pixels along the side of a block, which must divide the sides of the image; 0 = an eighth.
         masks: passes of RT3, at least 2.
         scope: whether each image has a mask of its own, or the images of a "batch" that of the first one, as in the
-            authors' code; noise is drawn for each image.
+            authors' code (of several replicas each its own); noise is drawn for each image.
 
     Source: Lin et al. 2024, "Adversarial training on purification", its released code and discussion; RT3 after Ughini
     et al. 2022, "Trust-no-pixel". Deviations: a mask for each image, theirs one for each batch.
@@ -100,7 +100,7 @@ class RandomTransform(keras.layers.Layer):
 
         Args:
             image: float32 [batch, h, w, c] in [0, 1].
-            seed: int32 [batch, 2], what each image is drawn by; None = fresh ones, which nobody can foresee.
+            seed: int32 [batch, 2], what each image is drawn by; None = fresh ones.
         """
         height, width = image.shape[1:3]
         if self.kind == 0:
@@ -132,7 +132,9 @@ class RandomTransform(keras.layers.Layer):
         """Return masks float32 [batch * passes, height, width, 1], 1 where pixels are left out; by `seed` alone."""
         rows, columns = self.grid(height, width)
         count = rows * columns
-        numbers = _for_each(lambda one_seed: tf.random.stateless_uniform([count], one_seed + [0, 1]), seed, [count])
+        numbers = _for_each(
+            lambda one_seed: tf.random.stateless_uniform([count], one_seed + [0, 1 << 30]), seed, [count]
+        )
         if self.scope == "batch":
             numbers = tf.repeat(numbers[:1], tf.shape(numbers)[0], axis=0)
         rank = tf.argsort(tf.argsort(numbers, stable=True), stable=True)
@@ -151,7 +153,7 @@ class RandomTransform(keras.layers.Layer):
 
 
 def fresh_seeds(image: tf.Tensor) -> tf.Tensor:
-    """Return seeds int32 [batch, 2] of the system's own randomness: other ones at each call, in a loaded graph too."""
+    """Return seeds int32 [batch, 2] from a generator that the system seeds: others at each call, also once exported."""
     return tf.raw_ops.NonDeterministicInts(shape=tf.stack([tf.shape(image)[0], 2]), dtype=tf.int32)
 
 

@@ -141,12 +141,16 @@ def _saved(stage: Stage, splits: Splits, strategy: tf.distribute.Strategy) -> ke
 
 
 def _check_knows(classifier: keras.Model, splits: Splits) -> None:
-    """Raise an InputError where a saved classifier gets no more validation images right than by chance."""
+    """Raise an InputError where a saved classifier knows validation images no better than by chance, or scaled."""
     batch = next(iter(splits.validation.batches(_KNOWN)))
     image, label = batch["image"], batch["label"].numpy()
     classes = len(splits.labels)
     fitted = backbones.fitted(classifier, image_shape=splits.image_shape, classes=classes)
-    right = fitted(image, training=False)["logits"].numpy().argmax(axis=1) == label
+
+    def is_right(image: tf.Tensor) -> np.ndarray:
+        return fitted(image, training=False)["logits"].numpy().argmax(axis=1) == label
+
+    right = is_right(image)
     share = np.bincount(label, minlength=classes).max() / len(label)
     if share < _ONE_SIDED and stats.binomtest(int(right.sum()), len(label), share, "greater").pvalue > 0.01:
         raise InputError(
@@ -154,6 +158,14 @@ def _check_knows(classifier: keras.Model, splits: Splits) -> None:
             "must take images in [0, 1] (a keras.layers.Rescaling at its beginning brings them to any other range) and "
             f"know the classes {', '.join(splits.labels)} in this order"
         )
+    for words, scaled in (("[-1, 1]", 2 * image - 1), ("[0, 255]", 255 * image)):
+        rescaled = is_right(scaled)
+        gained, lost = int((rescaled & ~right).sum()), int((right & ~rescaled).sum())
+        if gained and stats.binomtest(gained, gained + lost, 0.5, "greater").pvalue < 0.001:
+            raise InputError(
+                f"it gets {100 * right.mean():.1f} % of {len(label)} validation images right in [0, 1], and "
+                f"{100 * rescaled.mean():.1f} % in {words}: put a keras.layers.Rescaling from [0, 1] at its beginning"
+            )
 
 
 def _train(
