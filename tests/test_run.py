@@ -121,8 +121,8 @@ def test_modes_do_one_part_each(finished, tmp_path, capsys):
         (
             ["--defense_name=magic"],
             2,
-            "unknown defense 'magic'; valid: agkd_bml, cafd, dfa, dfa_at, fgsm_rs, mart, mixup, osdn_caml, pgd_at, "
-            "standard, trades",
+            "unknown defense 'magic'; valid: agkd_bml, atop, cafd, dfa, dfa_at, fgsm_rs, mart, mixup, osdn_caml, "
+            "pgd_at, standard, trades",
         ),
         (["--backbone_name=vgg"], 2, "unknown backbone 'vgg'; valid:"),
         (["--defense_name=fgsm_rs", "--attack_steps=7"], 2, "fgsm_rs takes one step"),

@@ -14,7 +14,9 @@ from benchmarks.timing import Timing, time_in_turns
 from benchmarks.training_step import Measurement
 
 CASE = Case("small_cnn", width=4, image_shape=(8, 8, 1), batch_size=10)
-PEERS, CONTROLS, OSDN, DFA, AGKD, CAFD, CHECKPOINTS = (group for group in groups.GROUPS if group.kind == "training")
+PEERS, CONTROLS, OSDN, DFA, AGKD, CAFD, ATOP, CHECKPOINTS = (
+    group for group in groups.GROUPS if group.kind == "training"
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,7 @@ def test_quick_benchmark_fills_every_column_and_never_retraces(art, capsys, tmp_
         ["mirrored"],
         ["mirrored"],
         ["mirrored"],
+        ["mirrored"],
         ["evaluation"],
         ["evaluation"],
     ]
@@ -59,12 +62,12 @@ def test_quick_benchmark_fills_every_column_and_never_retraces(art, capsys, tmp_
             assert [row["retraces"] for row in table["rows"]] == [0] * len(table["rows"])
         (rounds,) = table["rounds"].values()
         assert {len(values) for values in rounds["seconds"].values()} == {2}
-    for row in [row for table in tables[:6] for row in table["rows"]]:
+    for row in [row for table in tables[:7] for row in table["rows"]]:
         assert 0 < row["over_floor_processor"] < 3
     for row in tables[0]["rows"]:
         assert row["times_cleverhans"] > 0
         assert (row["times_art"] or 0) > 0 or not peers.has_art()
-    assert tables[6]["rows"][0]["checkpoint_share"] > 0
+    assert tables[7]["rows"][0]["checkpoint_share"] > 0
 
 
 def test_timing_is_the_median_of_the_faster_half_and_ratios_are_of_it():
@@ -121,6 +124,10 @@ def test_osdn_caml_is_timed_with_one_and_three_steps_of_attack_and_without_peer(
 
 def test_dfa_is_timed_in_two_and_three_passes_and_on_adversarial_images():
     assert {DFA.name(case) for case in DFA.cases} == {"dfa", "dfa in three passes", "dfa_at"}
+
+
+def test_atop_is_timed_with_one_and_three_steps_of_attack():
+    assert {ATOP.name(case) for case in ATOP.cases} == {"atop, PGD-1", "atop, PGD-3"}
 
 
 @pytest.mark.parametrize("group", groups.GROUPS, ids=lambda group: group.title)

@@ -11,7 +11,16 @@ from kerasdefense.training import fitting
 
 HEADS = {"dfa": "orthogonal", "dfa_at": "orthogonal"}
 """Defenses whose classes are frozen axes."""
-SETTINGS = {"cafd": {"denoiser_width": 2, "critic_width": 2, "lam_f": 1.0, "classifier_epochs": 1}}
+SETTINGS = {
+    "atop": {
+        "purifier_width": 2,
+        "critic_width": 2,
+        "classifier_epochs": 1,
+        "pretrain_epochs": 1,
+        "validation_draws": 1,
+    },
+    "cafd": {"denoiser_width": 2, "critic_width": 2, "lam_f": 1.0, "classifier_epochs": 1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +55,6 @@ def test_resume_goes_on_bit_for_bit(name, splits, tmp_path, monkeypatch):
     resumed = training.train(run, splits, tmp_path / "killed")
     assert resumed.is_new and len(resumed.selection.history) == 3
     optimizers = {id(optimizer) for optimizer, _ in resumed.defense.optimizers()}
-    assert len(optimizers) == (2 if name in ("cafd", "osdn_caml") else 1)
+    assert len(optimizers) == (2 if name in ("atop", "cafd", "osdn_caml") else 1)
     for one, two in zip(variables(whole.defense), variables(resumed.defense), strict=True):
         np.testing.assert_array_equal(one, two)

@@ -32,12 +32,15 @@ def test_own_model_trains_under_every_defense(name):
     backbone = as_backbone(keras.Model(image, keras.layers.Dense(3, activation="softmax")(pooled)))
     if name in ("dfa", "dfa_at"):
         backbone = with_orthogonal_head(backbone)
-    small = {"denoiser_width": 2, "critic_width": 2} if name == "cafd" else {}
+    width = {"atop": "purifier_width", "cafd": "denoiser_width"}.get(name)
+    small = {width: 2, "critic_width": 2} if width else {}
     defense = DEFENSES[name](backbone, attack=FGSMRS(epsilon=0.1), **small)
     defense.compile("sgd")
     trained = [*backbone.trainable_variables]
     if name == "cafd":  # which leaves the classifier as it is; a first step from the identity moves the last layer only
         trained = [defense.denoiser.get_layer("residual").kernel, *defense.critic.trainable_variables[:1]]
+    if name == "atop":
+        trained = [*defense.purifier.trainable_variables, *defense.critic.trainable_variables[:1]]
     before = [variable.numpy() for variable in trained]
     images = np.random.default_rng(0).uniform(size=(8, 8, 8, 1)).astype(np.float32)
     label = np.arange(8)[:, None] % 3  # as keras.datasets gives them

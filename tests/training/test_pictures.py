@@ -10,6 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from kerasdefense import training
 from kerasdefense.training.pictures import COUNT, SHOWN_SIDE, Pictures
 
+SMALL = {"purifier_width": 1, "critic_width": 1, "validation_draws": 1}
+
 
 def test_pictures_are_clean_attacked_and_the_change(digits, small_run, tmp_path):
     defense = training.build(small_run(), digits)
@@ -103,3 +105,25 @@ def test_denoised_images_and_what_changed_are_kept_in_the_run_directory(digits, 
     np.testing.assert_allclose(denoised, np.clip(expected + 0.05, 0, 1), atol=1 / 255)
     np.testing.assert_allclose(residual, 0.5 + (np.clip(expected + 0.05, 0, 1) - expected) / 0.2, atol=1 / 255)
     assert 0 < np.abs(attacked - clean).max() <= 0.1 + 2 / 255
+
+
+def test_transformed_and_purified_images_are_kept_in_the_run_directory(digits, small_run, tmp_path):
+    run = small_run(defense="atop")
+    run = dataclasses.replace(run, defense=dataclasses.replace(run.defense, **SMALL))
+    defense = training.build(run, digits)
+    pictures = Pictures(tmp_path / "tensorboard", digits.validation)
+    pictures.set_model(defense)
+    pictures.on_train_begin()
+    pictures.on_epoch_end(0, {"val_adversarial_accuracy": 0.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard/pictures"), size_guidance={"tensors": 0}).Reload()
+    assert {"clean", "adversarial", "perturbation", "transformed", "purified"} <= set(events.Tags()["tensors"])
+    kept = tf.io.decode_png((tmp_path / "reconstructions.png").read_bytes()).numpy()
+    assert kept.shape == (4 * SHOWN_SIDE, COUNT * SHOWN_SIDE, 1)
+    clean, attacked, transformed, purified = np.split(kept[:: SHOWN_SIDE // 8, :: SHOWN_SIDE // 8] / 255, 4)
+    np.testing.assert_allclose(clean, np.concatenate(list(pictures.batch["image"]), axis=1), atol=1 / 255)
+    image_adv = pictures.attacked(defense.unpack(pictures.batch))
+    np.testing.assert_allclose(attacked, np.concatenate(list(image_adv), axis=1), atol=1 / 255)
+    for found, expected in zip((transformed, purified), defense.drawn(image_adv).values()):
+        np.testing.assert_allclose(found, np.concatenate(list(expected), axis=1), atol=1 / 255)
+    assert 0 < np.abs(attacked - clean).max() <= 0.1 + 2 / 255
+    assert np.isclose(transformed, 127 / 255).mean() > 0.2 and np.abs(purified - transformed).max() > 0.2
