@@ -497,7 +497,7 @@ def test_restoration_is_the_negative_distance_of_both_stages_on_draws_of_its_own
 def test_validation_is_by_one_fresh_draw_and_an_attack_over_the_mean_of_several():
     data, attack = make_data(), FGSM(epsilon=EPSILON)
     defense = make(validation_attack=attack, validation_draws=3)
-    batch, own = batch_of(data), seeds.per_example(0, -1, tf.constant(data["index"]))
+    batch, own = batch_of(data), seeds.per_example(0, -5, tf.constant(data["index"]))
     assert defense.monitor == "adversarial_accuracy"
 
     def mean_loss(image):
@@ -731,7 +731,9 @@ def test_purifier_is_pre_trained_for_so_many_epochs(flags, epochs):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"purifier": "there", "pretrain_epochs": 2}, "--defense_pretrain_epochs is for a purifier that is trained"),
+        ({"lam_ce": 0.0, "pretrain_epochs": 2}, "--defense_lam_ce=0 is pre-training itself"),
+        ({"purifier": "there", "purifier_width": 2}, "--defense_purifier_width is for a purifier that is made here"),
+        ({"purifier": "there", "pretrain_epochs": 2}, "--defense_pretrain_epochs is for a purifier that is made here"),
         ({"classifier": "there", "classifier_epochs": 2}, "--defense_classifier_epochs is for a classifier that is tr"),
     ],
 )
