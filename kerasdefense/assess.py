@@ -28,7 +28,7 @@ from kerasdefense.evaluation.report import note
 from kerasdefense.evaluation.search import FRESH_DRAWS, Chunk, ExactPath, within
 from kerasdefense.evaluation.suites import SURROGATE
 from kerasdefense.export.saved_model import CARD, digests
-from kerasdefense.files import replacing, write_json
+from kerasdefense.files import write_json
 from kerasdefense.types import InputError, UsageError
 
 FOLDER = "evaluation"
@@ -59,6 +59,8 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
         shutil.rmtree(journal, ignore_errors=True)
     fitted = recognition.fit(run, splits, model, own)  # first, so that what cannot be fitted costs no attack
     surrogates = _surrogates(run, splits)
+    outside = run_dir / ARRAYS.format("unseen")
+    outside.unlink(missing_ok=True)
     options = Options(
         examples=min(wanted.examples or splits.test.examples, splits.test.examples),
         chunk_size=wanted.chunk_size,
@@ -82,6 +84,7 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
         class_activation=model.class_activation,
         look_outside=wanted.unseen,
         save=run_dir / ADVERSARIAL,
+        save_outside=outside,
     )
     folder = journal / "open_set" if results["complete"] else None
     open_set = recognition.measure(run, splits, model, threat_model, fitted, folder)
@@ -126,8 +129,7 @@ def _figures(
             if block == "oblivious":
                 settings["attacks"] = run.evaluate.oblivious_attacks
             found = measure(model, batches, threat_model, **settings)
-            with replacing(path) as temporary:
-                np.savez_compressed(temporary, **found.arrays)
+            found.write(path)
             blocks[block] = found.results
             if block == "internals":
                 write_errors(errors, {model.name: found.arrays})

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, Callable, ClassVar, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from kerasdefense import losses
-from kerasdefense.attacks import norms
+from kerasdefense.attacks import norms, seeds
 from kerasdefense.attacks.base import AttackResult
 from kerasdefense.attacks.iterative import nothing_tried, where
-from kerasdefense.types import LogitsFn, UsageError
+from kerasdefense.types import LogitsFn, PathFn, UsageError
 
 _FIRST_DECAY, _SECOND_DECAY, _TINY = 0.9, 0.999, 1e-8
+_AtStep = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+"""From images and how many steps each has taken, int32 [batch], to logits."""
 
 
 class StAdvState(NamedTuple):
@@ -105,30 +107,55 @@ class StAdv:
 
     def search(self, logits_fn: LogitsFn, image: tf.Tensor, label: tf.Tensor) -> StAdvState:
         """Return the state after the last step, with the flow that makes the best image."""
+        return self._search(lambda each, _: logits_fn(each), image, label, prefers_smooth=True)
+
+    def search_at_random(self, path: PathFn, image: tf.Tensor, label: tf.Tensor, seed: tf.Tensor) -> StAdvState:
+        """Return the same for a path that draws at random, which each step asks by seeds of its own.
+
+        One draw that is fooled says little of the next: of the flows tried, that of the highest margin is kept, be it
+        smooth or not. For the same reason `tau` should be 0 and `confidence` large.
+
+        Args:
+            path: `(image, seed) -> logits`, best the mean over several draws, as `eot` makes it.
+            image: float32 [batch, height, width, channels] in [0, 1].
+            label: int32 [batch].
+            seed: int32 [batch, 2], from which those of the steps follow.
+        """
+
+        def at_step(each: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+            return path(each, seeds.advance(seed, number))
+
+        return self._search(at_step, image, label, prefers_smooth=False)
+
+    def _search(self, answer: _AtStep, image: tf.Tensor, label: tf.Tensor, *, prefers_smooth: bool) -> StAdvState:
         image, label = tf.convert_to_tensor(image, tf.float32), tf.convert_to_tensor(label, tf.int32)
         best = nothing_tried(image)
         flow = tf.repeat(tf.zeros_like(image[..., :1]), 2, axis=-1)
         state = StAdvState(flow, flow, flow, best, flow, tf.zeros_like(best.loss))
         _, state = tf.while_loop(
             lambda number, _: number <= self.steps,
-            lambda number, state: (number + 1, self._step(logits_fn, state, image, label)),
+            lambda number, state: (number + 1, self._step(answer, state, image, label, prefers_smooth)),
             (tf.constant(0), state),
         )
         return StAdvState(*tf.nest.map_structure(tf.stop_gradient, state))
 
-    def _step(self, logits_fn: LogitsFn, state: StAdvState, image: tf.Tensor, label: tf.Tensor) -> StAdvState:
+    def _step(
+        self, answer: _AtStep, state: StAdvState, image: tf.Tensor, label: tf.Tensor, prefers_smooth: bool
+    ) -> StAdvState:
         """Try the state's flow, and move it on."""
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(state.flow)
             warped = warp(image, state.flow)
-            logits = tf.cast(logits_fn(warped), tf.float32)
+            logits = tf.cast(answer(warped, state.best.queries), tf.float32)
             margin = losses.margin(logits, label)
             roughness = total_variation(state.flow)
             objective = tf.minimum(margin, self.confidence) - self.tau * roughness
         gradient = tape.gradient(objective, state.flow)
         success = tf.argmax(logits, axis=-1, output_type=tf.int32) != label
-        gains = tf.where(state.best.success, roughness < state.roughness, margin > state.best.loss)
-        take = tf.where(state.best.success == success, gains, success)
+        take = margin > state.best.loss
+        if prefers_smooth:
+            gains = tf.where(state.best.success, roughness < state.roughness, take)
+            take = tf.where(state.best.success == success, gains, success)
         number = state.best.queries + 1
         best = AttackResult(
             image=where(take, warped, state.best.image),

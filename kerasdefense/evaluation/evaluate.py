@@ -56,6 +56,7 @@ def evaluate(
     class_activation: Optional[Callable[[tf.Tensor], tf.Tensor]] = None,
     look_outside: bool = False,
     save: Optional[Path] = None,
+    save_outside: Optional[Path] = None,
 ) -> dict[str, Any]:
     """Measure clean and robust accuracy under a suite of attacks, and check the measurement itself.
 
@@ -79,6 +80,7 @@ def evaluate(
             for attacks that go away from those of the clean image, which do not run without.
         look_outside: measure accuracy on corrupted images and after StAdv too.
         save: .npz file that receives, per example, the worst image found and every outcome.
+        save_outside: .npz file that receives, per example, what `look_outside` measures.
 
     Returns:
         What results.json holds of the measurement: `clean_accuracy`, `robust_accuracy` and `rounded_accuracy` as
@@ -128,7 +130,10 @@ def evaluate(
             results["sanity"] = battery(radii, chosen.checks, measured)
         if look_outside and measured.complete:
             chunk = first_images(dataset, min(long_examples or options.examples, options.examples or long_examples))
-            results["unseen"] = unseen(Subject(attack_paths, chunk, threat_model, classes, options, features))
+            outside = unseen(Subject(attack_paths, chunk, threat_model, classes, options, features))
+            results["unseen"] = outside.results
+            if save_outside is not None:
+                outside.write(save_outside)
         if has_protocol and measured.complete:
             model = randomised.RandomModel(exact, dataset, threat_model, classes, options, **asked)
             blocks = measured.journal.blocks()

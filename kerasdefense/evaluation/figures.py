@@ -12,6 +12,7 @@ from rich.table import Table
 from kerasdefense.evaluation.compare import paired_difference, points
 from kerasdefense.evaluation.geometry import Embeddings
 from kerasdefense.evaluation.recorded import read_results
+from kerasdefense.files import replacing
 from kerasdefense.types import InputError
 
 ARRAYS = "evaluation/{}.npz"
@@ -29,6 +30,11 @@ class Figures(NamedTuple):
     results: dict[str, Any]
     arrays: dict[str, np.ndarray]
     embeddings: Optional[Embeddings] = None
+
+    def write(self, path: Path) -> None:
+        """Write the arrays to an .npz file, atomically."""
+        with replacing(path) as temporary:
+            np.savez_compressed(temporary, **self.arrays)
 
 
 def read_figures(folder: Path, block: str) -> Figures:
