@@ -108,11 +108,18 @@ class Block:
         self._record(rows, fooled, image_adv)
 
     def _record(self, rows: np.ndarray, fooled: np.ndarray, image_adv: np.ndarray) -> None:
-        """Note who fell; of images that stood before, keep the candidate if it is the worse one for the model."""
+        """Note who fell, and keep of each image the candidate that is the worse one for the model.
+
+        What has fooled once is kept; by a mean over draws only until another fools by a higher margin, or what fooled
+        by a little would be all that other draws are asked about.
+        """
         fell = rows[fooled]
-        standing = self.standing[rows]  # what has fooled once is kept
+        standing = self.standing[rows]
         margin = self._margin(image_adv, rows)
-        worse = standing & (fooled | (margin > self.margin[rows]))
+        higher = margin > self.margin[rows]
+        worse = standing & (fooled | higher)
+        if self.exact.draws > 1:
+            worse |= ~standing & fooled & higher
         self.image_adv[rows[worse]], self.margin[rows[worse]] = image_adv[worse], margin[worse]
         self.survived[fell, self.number] = False
         self.standing[fell] = False

@@ -56,8 +56,9 @@ def collect(blocks: Iterable[Arrays]) -> Outcomes:
 def write_outcomes(path: Path, names: Sequence[str], outcomes: Outcomes, images: Iterator[np.ndarray]) -> None:
     """Write `index`, `label`, `clean`, `survived`, `attacks` and the adversarial images to an .npz file, atomically.
 
-    `image_adv` float32 [n, h, w, c] is the first image that fooled the model; where none did, the one of highest
-    margin; the image itself where it was wrong clean. `image_adv_uint8` is the same in 256 levels.
+    `image_adv` float32 [n, h, w, c] is the first image that fooled the model, or of a model that draws at random, the
+    one that did so by the highest margin; where none did, the one of highest margin; the image itself where it was
+    wrong clean. `image_adv_uint8` is the same in 256 levels.
 
     Args:
         path: the file.

@@ -90,15 +90,15 @@ class ExactPath:
         self._path = path
         self._seed = seed
         self._chunk_size = max(1, chunk_size // draws)
-        self._draws = draws
+        self.draws = draws
         self._compiled: Optional[Callable[..., tf.Tensor]] = None
 
     def _mean_logits(self, image: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
-        logits = draws_of(self._path, image, seeds.per_example(self._seed, -1, index), self._draws)
-        if self._draws == 1:
+        logits = draws_of(self._path, image, seeds.per_example(self._seed, -1, index), self.draws)
+        if self.draws == 1:
             return logits
-        log_probability = tf.reshape(tf.nn.log_softmax(logits), [-1, self._draws, logits.shape[-1]])
-        return tf.reduce_logsumexp(log_probability, axis=1) - np.log(self._draws)
+        log_probability = tf.reshape(tf.nn.log_softmax(logits), [-1, self.draws, logits.shape[-1]])
+        return tf.reduce_logsumexp(log_probability, axis=1) - np.log(self.draws)
 
     def logits(self, chunk: Chunk) -> np.ndarray:
         """Return logits [n, classes] of a chunk of any size; of several draws, the log of the mean probabilities."""
