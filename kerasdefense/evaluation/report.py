@@ -13,6 +13,7 @@ from rich.table import Table
 from scipy import stats
 
 from kerasdefense.attacks.norms import radius
+from kerasdefense.evaluation.search import FRESH_DRAWS
 from kerasdefense.evaluation.suites import AVERAGED, EOT_DRAWS, FEW, PROTOCOL, SUITES
 from kerasdefense.files import check_schema
 
@@ -29,7 +30,8 @@ _PACKAGES = (
 AUTOATTACK_IMAGES = 1000
 RESAMPLES = 9999
 _ON_RANDOM = {
-    AVERAGED: f"the model draws at random, so its attacks follow the mean over {EOT_DRAWS} draws",
+    AVERAGED: "the model draws at random, so those of its attacks that go step by step follow the mean over "
+    f"{EOT_DRAWS} draws, the others one draw",
     FEW: "the model draws at random, so PGD over mean losses, and APGD past its purifier and on one fixed draw, stand "
     "in for it, few attacks for ablations: not an AutoAttack result, true robustness is at most this",
     PROTOCOL: "the model draws at random, so AutoAttack rand, PGD over mean losses and Square over mean scores stand "
@@ -41,7 +43,7 @@ _FIGURES = {
     "R3_pgd200_eot": "a long PGD on the mean over draws",
     "R4_square": "Square on the mean over draws",
     "R5_scaling": "PGD by the number of draws it averages over",
-    "R6_fresh_draws": "fresh draws on the worst images found",
+    "R6_fresh_draws": "fresh draws on the worst images found, and on clean ones",
 }
 """Figures of the protocol for models that draw at random."""
 
@@ -206,6 +208,9 @@ def randomised_table(results: Mapping[str, Any]) -> Optional[Table]:
     if not rows:
         return None
     caption = "R6: one draw, the vote of 20, and right in each of ten, since an attacker may try again."
+    curve = results["randomised"].get("R5_scaling") or ()
+    if not all(each.get("is_non_increasing", True) for each in curve):
+        caption += " R5 rises with the draws by more than chance: its attack fails, and more may fall than it says."
     shown = Table(title="a model that draws at random", caption=caption, caption_justify="left", title_justify="left")
     for heading in ("figure", "accuracy", "95 % interval", "images"):
         shown.add_column(heading, justify="left" if heading == "figure" else "right")
@@ -236,6 +241,8 @@ def note(results: Mapping[str, Any], suite: str) -> str:
     words += [
         f"{attack['name']} stands in for {attack['replaces']}." for attack in results["attacks"] if attack["replaces"]
     ]
+    if results["flags"]["randomised"]:
+        words.append(f"Accuracies are by the mean probabilities of {FRESH_DRAWS} draws.")
     if results["clean_accuracy"]["n"] < AUTOATTACK_IMAGES:
         words.insert(0, f"Preliminary, fewer than {AUTOATTACK_IMAGES} images.")
     if not results["complete"]:

@@ -148,7 +148,7 @@ class _Run:
         """Attack all blocks, from where the journal stands; return the one at work if the time is up before the end."""
         known = [str(block["digest"]) for block in self.journal.blocks()]
         current, classes, seen = self.journal.current(), 0, 0
-        for number, chunk in enumerate(_blocks(dataset, self.options)):
+        for number, chunk in enumerate(in_blocks(dataset, self.options)):
             if number < len(known):
                 _check_same(known[number], chunk)
                 seen += len(chunk.label)
@@ -183,7 +183,7 @@ class _Run:
         self.journal.write_current({**block.to_arrays(), **what})
 
 
-def _blocks(dataset: tf.data.Dataset, options: Options) -> Iterator[Chunk]:
+def in_blocks(dataset: tf.data.Dataset, options: Options) -> Iterator[Chunk]:
     """Yield the examples of a dataset, checked, in blocks as large as memory allows."""
     elements = dataset.unbatch()
     elements = elements.take(options.examples) if options.examples else elements

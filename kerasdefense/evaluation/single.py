@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from kerasdefense.attacks import PGD, norms
-from kerasdefense.evaluation.search import Chunk, Search
+from kerasdefense.evaluation.search import Chunk, Search, merged
 
 
 def attacked(search: Search, chunk: Chunk, rows: np.ndarray) -> np.ndarray:
@@ -33,6 +33,31 @@ def attacked(search: Search, chunk: Chunk, rows: np.ndarray) -> np.ndarray:
             state = search.step(state, image, context)
         image_adv[part] = (state.image if keeps_last else state.best.image).numpy()
     return image_adv
+
+
+def highest_loss(search: Search, chunk: Chunk) -> np.ndarray:
+    """Return of each image of a chunk the point of highest loss that an attack passes, be it one that fools or not.
+
+    Args:
+        search: of an iterative attack on a loss that needs no more of an image than its label.
+        chunk: the images.
+    """
+    found = chunk.image.copy()
+    for first in range(0, len(found), search.slots):
+        rows = np.arange(first, min(first + search.slots, len(found)))
+        part = chunk.rows(rows)
+        run, no_logits = np.zeros(len(rows), np.int64), np.zeros([len(rows), 0], np.float32)
+        image, context = tf.constant(part.image), search.context(part, no_logits, run, no_logits)
+        state = search.start(image, context, run)
+        untried = state.best._replace(loss=tf.fill([len(rows)], -float("inf")))
+        best = untried
+        for _ in range(search.attack.passes):
+            # The attack itself prefers what fools to what has a higher loss.
+            state = state._replace(best=untried._replace(queries=state.best.queries))
+            state = search.step(state, image, context)
+            best = merged((state.best.loss > best.loss).numpy(), state.best, best)
+        found[rows] = best.image.numpy()
+    return found
 
 
 def median_l2(image_adv: np.ndarray, chunk: Chunk, rows: np.ndarray) -> Optional[float]:

@@ -11,6 +11,7 @@ import tensorflow as tf
 from kerasdefense.attacks import APGD, FGSM, Square, norms
 from kerasdefense.attacks.wrappers import fixed_noise
 from kerasdefense.evaluation import SUITES, Options, PlannedAttack, ThreatModel, evaluate, randomised
+from kerasdefense.evaluation.block import Block
 from kerasdefense.evaluation.report import note
 from kerasdefense.evaluation.search import Chunk, ExactPath
 from kerasdefense.types import UsageError
@@ -117,7 +118,13 @@ def test_random_model_gets_its_protocol_and_its_noise_is_no_defense(digits_class
     assert still["clean"]["value"] >= left[0] >= left[1] >= left[2] == still["value"]
     assert found["R3_pgd200_eot"]["n"] == found["R4_square"]["n"] == 12
     assert found["R6_fresh_draws"]["any_of_10"]["value"] <= found["R6_fresh_draws"]["majority_vote"]["value"]
-    assert found["R6_fresh_draws"]["single_draw"]["n"] == 24
+    worst = found["R6_fresh_draws"]
+    for kind in ("single_draw", "clean_single_draw"):
+        low, high = worst[kind]["ci95"]
+        assert worst[kind]["n"] == 24 and worst[kind]["draws"] == 20 and 0 <= low <= worst[kind]["value"] <= high <= 1
+    assert worst["clean_single_draw"]["value"] > worst["single_draw"]["value"] + 0.1
+    assert abs(worst["clean_majority_vote"]["value"] - results["clean_accuracy"]["value"]) < 0.15
+    assert "Accuracies are by the mean probabilities of 10 draws." in note(results, "autoattack")
     assert [point["draws"] for point in found["R5_scaling"]][:2] == [1, 4]
     assert {point["n"] for point in found["R5_scaling"]} == {12}
     assert found["R2_autoattack_rand"]["apgd_ce"]["value"] >= results["robust_accuracy"]["value"]
@@ -145,6 +152,52 @@ def test_more_draws_are_looked_at_only_while_they_break_more(digits_classifier, 
     assert curve(60, 50, 45, 45) == [(1, 0.6), (5, 0.5), (20, 0.45), (64, 0.45)]
     assert curve(60, 50, 45, 44, 43)[3:] == [(64, 0.44), (128, 0.43)]
     assert len(curve(60, 50, 45, 46)) == 4
+
+
+@pytest.mark.parametrize("standing, verdict", [(49, True), (50, True), (51, True), (52, True), (60, False)])
+def test_scaling_says_whether_more_draws_leave_more_standing(standing, verdict):
+    """One image more may be chance, as may be two where the difference is as little sure."""
+    before, after = (np.arange(100) < count for count in (50, standing))
+    assert randomised._is_non_increasing(before, after) is verdict
+
+
+def test_random_model_keeps_of_each_image_what_fools_it_by_most(digits_classifier):
+    """One candidate that fools by little must not hide another; a deterministic model keeps its first."""
+    image = np.zeros([2, 1, 1, 1], np.float32)
+    chunk = Chunk(image, np.zeros(2, np.int32), np.arange(2, dtype=np.int32))
+
+    def path(image, seed):
+        score = image[:, 0, 0]
+        return tf.concat([0.05 - score, score - 0.05], axis=1)
+
+    candidates = ([0.1, 0.0], [0.9, 0.02], [0.5, 0.01])
+    for draws, kept in ((1, [0.1, 0.02]), (10, [0.9, 0.02])):
+        exact = ExactPath(path, seed=0, chunk_size=20, draws=draws)
+        block = Block(chunk, exact, [None] * 3, first=0, cascade=False)
+        for number, values in enumerate(candidates):
+            tried = np.array(values, np.float32).reshape(2, 1, 1, 1)
+            block.number = number
+            block._record(np.arange(2), tried[:, 0, 0, 0] > 0.05, tried)
+        assert block.standing.tolist() == [False, True] and block.survived.tolist() == [[False] * 3, [True] * 3]
+        np.testing.assert_allclose(block.image_adv[:, 0, 0, 0], kept)
+
+
+def test_final_scoring_looks_beyond_images_that_fool_by_little(digits_classifier):
+    """Of the first images PGD goes on to its end; what it finds stands in where it is worse, and no one else's."""
+    exact = noisy(digits_classifier, 0.15)
+    model = model_of(digits_classifier, exact, options=Options(8, 160, is_randomised=True), few=True)
+    clean = digits_classifier.image[:8]
+    ((block),) = randomised.worst_images(model, [{"image_adv": clean}])
+    distance = np.abs(block["image_adv"] - clean).reshape(8, -1).max(axis=1)
+    assert (distance[:4] > 0).all() and (distance[:4] <= THREAT.epsilon + 1e-6).all() and not distance[4:].any()
+    np.testing.assert_array_equal(block["image"], clean)
+    found = [
+        randomised.final_scoring(exact, [{**block, "image_adv": each}], seed=0, chunk_size=160)["single_draw"]["value"]
+        for each in (block["image_adv"], clean)
+    ]
+    assert found[0] < found[1] - 0.1
+    (again,) = randomised.worst_images(model, [block])
+    assert np.array_equal(again["image_adv"], block["image_adv"])
 
 
 def test_figures_go_on_from_the_journal(digits_classifier, monkeypatch, tmp_path):
@@ -192,7 +245,7 @@ def test_quick_suite_keeps_its_attacks_on_a_random_model_and_averages(digits_cla
     )
     assert [(each["name"], each["draws"]) for each in results["attacks"]] == [("fgsm", 20)]
     assert results["flags"]["randomised"] and results["randomised"] is None
-    assert "its attacks follow the mean over 20 draws" in note(results, "quick")
+    assert "that go step by step follow the mean over 20 draws, the others one draw" in note(results, "quick")
 
 
 def quick(norm, epsilon, classes):
