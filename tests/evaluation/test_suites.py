@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from kerasdefense.attacks import APGD, ATTACKS, CAFA, OBJECTIVES, PGD, norms
-from kerasdefense.evaluation import SUITES, PlannedAttack
+from kerasdefense.evaluation import SUITES, Options, PlannedAttack, ThreatModel, evaluate
 from kerasdefense.evaluation.search import Search
 from kerasdefense.types import UsageError
 
@@ -105,11 +107,28 @@ def test_purified_runs_autoattack_through_the_purifier_and_past_it():
     assert list(by_name("purified", 2))[:3] == ["pgd20", "apgd_ce", "apgd_margin"]
 
 
-def test_frozen_is_few_attacks_for_the_rows_of_an_ablation():
-    suite = SUITES["frozen"]
+def test_ablation_is_few_attacks_for_the_rows_of_an_ablation():
+    suite = SUITES["ablation"]
     plan = [(planned.name, planned.path) for planned in suite.plan("linf", 0.1, 10)]
     assert plan == [("pgd20", "exact"), ("apgd_ce", "exact"), ("apgd_t", "exact"), ("apgd_ce", "oblivious")]
+    assert all(planned.alone for planned in suite.plan("linf", 0.1, 10))
     assert suite.cascade and suite.checks == SUITES["quick"].checks and "not an AutoAttack result" in suite.words
+
+
+def test_ablation_meets_all_images_on_each_path_of_a_deterministic_model(digits_classifier, monkeypatch):
+    """Its rows are like those of a random model, whose attacks do not spare what has fallen before."""
+    plan = tuple(
+        each._replace(attack=PGD("linf", 0.1, steps=2), objective="cross_entropy")
+        for each in SUITES["ablation"].plan("linf", 0.1, 10)
+    )
+    monkeypatch.setitem(SUITES, "ablation", dataclasses.replace(SUITES["ablation"], plan=lambda *_: plan))
+    paths = {"exact": digits_classifier.path, "oblivious": digits_classifier.path}
+    given = (paths, digits_classifier.batches(), ThreatModel("linf", 0.1), "ablation")
+    results = evaluate(*given, options=Options(examples=12, chunk_size=16), sanity_examples=0)
+    clean, robust = results["clean_accuracy"], results["robust_accuracy"]
+    assert robust["value"] < clean["value"]
+    assert {each["attacked"] for each in results["attacks"]} == {round(clean["value"] * clean["n"])}
+    assert results["attacks"][-1]["path"] == "oblivious"
 
 
 def test_attack_meets_the_paths_that_it_is_made_for():
