@@ -70,8 +70,8 @@ def evaluate(
         suite: key of SUITES, or planned attacks of that threat model.
         options: how images are attacked. `cascade` and `is_randomised` are set here.
         alone: run every attack on every image that is right clean, also where the suite spares those that have fallen.
-        is_randomised: whether the model draws at random; None = find out. It then gets the protocol for such models in
-            place of a suite's attacks, as the suite says.
+        is_randomised: whether the model draws at random; None = find out, and one that is said not to is looked at all
+            the same. It then gets the protocol for such models in place of a suite's attacks, as the suite says.
         sanity_examples: images for the sanity battery and the security curve, from the first on; 0 = neither.
         long_examples: images, from the first on, for R3, R4 and R5 of that protocol, and for `look_outside`; 0 = all.
         features: `features(image) -> [n, d]`, what enters the last layer; for attacks that match it, which do not run
@@ -99,8 +99,8 @@ def evaluate(
     classes = check_paths(attack_paths, few, options)
     attack_paths = {name: _with_classes(path, classes) for name, path in attack_paths.items()}
     exact = attack_paths["exact"]
-    flags = {} if is_randomised is False else randomised.look(exact, few, seed=options.seed)
-    is_random = flags["differs"] if is_randomised is None else is_randomised
+    flags = randomised.look(exact, few, seed=options.seed)
+    is_random = flags["differs"] or bool(is_randomised)
     chosen = _chosen(suite, threat_model, classes)
     has_protocol = is_random and chosen.on_random != AVERAGED
     asked: dict[str, Any] = {"long_examples": long_examples, "few": chosen.on_random == FEW}

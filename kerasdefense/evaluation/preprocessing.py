@@ -128,7 +128,7 @@ def preprocessed(model: Loaded, given: Preprocessor) -> Loaded:
         paths[FIXED_NOISE] = fixed_noise(paths["exact"])
     return model._replace(
         attack_paths=paths,
-        is_randomised=given.is_randomised or model.is_randomised,
+        is_randomised=True if given.is_randomised else None,  # what declares nothing may draw all the same
         name=f"{given.name}+{model.name}",
         digest=hashlib.sha256(f"{given.digest} {model.digest}".encode()).hexdigest(),
         activations=told,

@@ -161,6 +161,13 @@ def test_model_behind_a_file_that_draws_at_random_draws_by_seeds(tmp_path):
         preprocessing.preprocessed(behind, given)
 
 
+def test_model_behind_what_declares_nothing_declares_nothing(denoiser):
+    """It may draw at random all the same, and is looked at."""
+    model = as_paths(classifier())._replace(is_randomised=False)
+    given = preprocessing.preprocessor(denoiser)
+    assert not given.is_randomised and preprocessing.preprocessed(model, given).is_randomised is None
+
+
 def test_file_that_is_not_there_and_model_that_draws_are_refused(tmp_path, denoiser):
     with pytest.raises(InputError, match=r"--evaluate_preprocessor=.*none.keras: no such file or folder"):
         preprocessing.preprocessor(str(tmp_path / "none.keras"))

@@ -41,6 +41,14 @@ def test_random_models_are_told_from_others(digits_classifier):
     assert randomised.look(unkeyed, chunk, seed=0) == {"differs": True, "keyed": False}
 
 
+def test_model_that_denies_its_draws_is_treated_as_random(digits_classifier):
+    plan = [PlannedAttack("fgsm", FGSM(*THREAT))]
+    settings = {"options": Options(examples=4, chunk_size=80), "sanity_examples": 0, "is_randomised": False}
+    for path, expected in ((noisy(digits_classifier), True), (digits_classifier.path, False)):
+        flags = evaluate({"exact": path}, digits_classifier.batches(), THREAT, plan, **settings)["flags"]
+        assert flags["randomised"] is flags["differs"] is expected
+
+
 def test_answer_of_a_random_model_is_the_mean_of_fresh_draws(digits_classifier):
     chunk = chunk_of(digits_classifier)
     logits = ExactPath(noisy(digits_classifier), seed=0, chunk_size=64, draws=10).logits(chunk)
@@ -214,14 +222,14 @@ def test_figures_go_on_from_the_journal(digits_classifier, monkeypatch, tmp_path
     assert randomised.fixed(model) == found and len(calls) == traced
 
 
-def test_frozen_suite_leaves_a_random_model_few_attacks_and_two_figures(digits_classifier, monkeypatch):
+def test_ablation_suite_leaves_a_random_model_few_attacks_and_two_figures(digits_classifier, monkeypatch):
     small_protocol(monkeypatch)
     exact = noisy(digits_classifier, 0.15)
     results = evaluate(
         {"exact": exact, "oblivious": digits_classifier.path, "fixed_noise": fixed_noise(exact)},
         digits_classifier.batches(),
         THREAT,
-        "frozen",
+        "ablation",
         options=Options(examples=6, chunk_size=240),
         sanity_examples=0,
     )
