@@ -36,7 +36,7 @@ RESULTS, REPORT, ENTRY, STATE = (
     f"{FOLDER}/{name}" for name in ("results.json", "report.html", "robustbench.json", "state")
 )
 ADVERSARIAL = recognition.ADVERSARIAL
-_FIGURES: dict[str, Callable[..., Figures]] = {
+FIGURES: dict[str, Callable[..., Figures]] = {
     "internals": internals.measure_internals,
     "nonadaptive": nonadaptive.measure_nonadaptive,
     "oblivious": oblivious.measure_oblivious,
@@ -50,7 +50,7 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
     own = model.threat_model or ThreatModel(run.attack.norm, run.attack.epsilon)
     if wanted.norm and wanted.norm != own.norm and not wanted.epsilon:
         raise UsageError(f"--evaluate_norm={wanted.norm} needs --evaluate_epsilon: the model was made for {own.norm}")
-    for block in _FIGURES:
+    for block in FIGURES:
         if getattr(wanted, block) and model.is_randomised:
             raise UsageError(f"--evaluate_{block} needs a model that draws nothing at random")
     threat_model = ThreatModel(wanted.norm or own.norm, wanted.epsilon or own.epsilon)
@@ -111,7 +111,7 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
 def _figures(
     run: config.Run, splits: Splits, model: Loaded, threat_model: ThreatModel, *, is_randomised: bool
 ) -> dict[str, Optional[dict[str, Any]]]:
-    """Measure the blocks of _FIGURES that flags ask for, keep the figures of each image and return those of all.
+    """Measure the blocks of FIGURES that flags ask for, keep the figures of each image and return those of all.
 
     Where embeddings come with them, they are drawn; so is how errors grow from layer to layer.
     """
@@ -119,7 +119,7 @@ def _figures(
     picture, errors = Path(run.run_dir) / PICTURE, Path(run.run_dir) / ERRORS
     for outdated in (picture, errors):
         outdated.unlink(missing_ok=True)
-    for block, measure in _FIGURES.items():
+    for block, measure in FIGURES.items():
         path, examples = Path(run.run_dir) / ARRAYS.format(block), getattr(run.evaluate, block)
         path.unlink(missing_ok=True)
         blocks[block] = None
@@ -167,7 +167,8 @@ def _write(run_dir: Path, results: Mapping[str, Any], splits: Splits, model: Loa
     with np.load(run_dir / ADVERSARIAL) as stored:
         arrays = {name: stored[name][:_SHOWN] for name in ("index", "label", "image_adv")}
     image = images_of(splits.test, arrays["index"])
-    exact = ExactPath(model.attack_paths["exact"], seed=results["seed"], chunk_size=256)
+    draws = FRESH_DRAWS if results["flags"]["randomised"] else 1
+    exact = ExactPath(model.attack_paths["exact"], seed=results["seed"], chunk_size=256, draws=draws)
 
     def answers(images: np.ndarray) -> np.ndarray:
         return exact.logits(Chunk(images, arrays["label"], arrays["index"])).argmax(axis=1)

@@ -27,7 +27,7 @@ from kerasdefense.evaluation.batches import first_images
 from kerasdefense.evaluation.digests import of_file
 from kerasdefense.files import write_text
 from kerasdefense.training import MODEL
-from kerasdefense.types import InputError, UsageError
+from kerasdefense.types import InputError, UsageError, look_up
 
 _FEW = 8
 """Test images on which a preprocessor is checked before anything is measured through it."""
@@ -83,8 +83,20 @@ def check(run: config.Run) -> None:
         raise UsageError(f"--evaluate_preprocessor goes with --mode=evaluate, not with --mode={run.mode}")
     if run.evaluate.preprocessor and run.evaluate.card:
         raise UsageError("--evaluate_card is of the model alone; evaluate it without --evaluate_preprocessor")
-    if run.export.diagnostics and run.mode == "all" and not getattr(DEFENSES[run.defense.name], "is_randomized", False):
-        raise UsageError(f"--export_diagnostics is for models that draw at random, which {run.defense.name} is not")
+    if run.mode == "all":
+        _check_draws(run)
+
+
+def _check_draws(run: config.Run) -> None:
+    """Raise a UsageError for flags that do not go with what is to be trained, as it draws at random or does not."""
+    name, kind = run.defense.name, look_up(DEFENSES, run.defense.name, "defense")
+    is_random = kind.draws_at_random(run.defense)
+    if run.export.diagnostics and not is_random:
+        raise UsageError(f"--export_diagnostics is for models that draw at random, which {name} is not")
+    refused = [f"--evaluate_{block}" for block in assess.FIGURES if getattr(run.evaluate, block)]
+    refused += ["--detector_name, --evaluate_open_set or --evaluate_ood"] if recognition.names_of(run) else []
+    if is_random and refused:
+        raise UsageError(f"{refused[0]} needs a model that draws nothing at random, but {name} does")
 
 
 def evaluate(run: config.Run, splits: Splits, console: Console) -> dict[str, Any]:

@@ -83,11 +83,36 @@ def test_figures_of_images_are_refused_for_a_model_that_draws_at_random(flag):
         assess.assess(config.Run(evaluate=config.Evaluate(**{flag: 4})), None, model)
 
 
+@pytest.mark.parametrize("is_random", [False, True])
+def test_images_of_the_page_are_answered_as_the_accuracies_were(is_random, tmp_path, monkeypatch):
+    asked = []
+
+    class Exact:
+        def __init__(self, path, *, seed, chunk_size, draws):
+            asked.append(draws)
+
+        def logits(self, chunk):
+            return np.zeros([len(chunk.label), 2])
+
+    for name in ("write_json", "write_report", "choose_examples"):
+        monkeypatch.setattr(assess, name, lambda *args, **kwargs: None)
+    for name in ("check_results", "robustbench_entry"):
+        monkeypatch.setattr(evaluation, name, lambda *args, **kwargs: None)
+    monkeypatch.setattr(assess, "images_of", lambda split, index: np.zeros([2, 4, 4, 1], np.float32))
+    monkeypatch.setattr(assess, "ExactPath", Exact)
+    (tmp_path / assess.FOLDER).mkdir()
+    label = np.zeros(2, np.int32)
+    np.savez(tmp_path / assess.ADVERSARIAL, index=label, label=label, image_adv=np.zeros([2, 4, 4, 1], np.float32))
+    splits, model = SimpleNamespace(test=None, labels=("a", "b"), name="d"), evaluation.Loaded({"exact": None})
+    assess._write(tmp_path, {"flags": {"randomised": is_random}, "seed": 0}, splits, model)
+    assert asked == [10 if is_random else 1]
+
+
 def test_picture_of_the_embedding_comes_and_goes_with_the_measurement(tmp_path, monkeypatch):
     embedding, label = np.random.default_rng(0).standard_normal((6, 3)), np.arange(6) % 2
     embeddings = geometry.Embeddings(embedding, embedding + 1, label)
     found = Figures({"n": 6}, {"index": np.arange(6)}, embeddings)
-    monkeypatch.setitem(assess._FIGURES, "internals", lambda *args, **kwargs: found)
+    monkeypatch.setitem(assess.FIGURES, "internals", lambda *args, **kwargs: found)
     splits = SimpleNamespace(labels=("even", "odd"), test=SimpleNamespace(batches=lambda size: None))
     kept = [tmp_path / ARRAYS.format("internals"), tmp_path / PICTURE]
 

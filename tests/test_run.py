@@ -124,6 +124,12 @@ def test_modes_do_one_part_each(finished, tmp_path, capsys):
             "unknown defense 'magic'; valid: agkd_bml, atop, cafd, dfa, dfa_at, fgsm_rs, mart, mixup, osdn_caml, "
             "pgd_at, standard, trades",
         ),
+        (["--defense_name=nope", "--export_diagnostics"], 2, "unknown defense 'nope'; valid:"),
+        (["--defense_name=standard", "--export_diagnostics"], 2, "models that draw at random, which standard is not"),
+        (["--defense_name=atop", "--defense_rt=0", "--export_diagnostics"], 2, "draw at random, which atop is not"),
+        (["--defense_name=atop", "--evaluate_internals=4"], 2, "--evaluate_internals needs a model that draws nothing"),
+        (["--defense_name=atop", "--evaluate_oblivious=4"], 2, "draws nothing at random, but atop does"),
+        (["--defense_name=atop", "--detector_name=max_logit"], 2, "--detector_name, --evaluate_open_set or"),
         (["--backbone_name=vgg"], 2, "unknown backbone 'vgg'; valid:"),
         (["--defense_name=fgsm_rs", "--attack_steps=7"], 2, "fgsm_rs takes one step"),
         (["--defense_name=pgd_at", "--attack_name=cleverhans_pgd"], 2, "cannot craft training images"),

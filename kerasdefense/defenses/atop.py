@@ -202,6 +202,14 @@ class AToP(Defense):
             found.append(_purifier_stage(run))
         return tuple(found)
 
+    @classmethod
+    def draws_at_random(cls, own: config.Defense) -> bool:
+        """Return whether the transform of these settings draws anything."""
+        settings: dict[str, Any] = {
+            name: getattr(own, name) for name in ("sigma", "missing_rate", "block_size", "masks")
+        }
+        return RandomTransform(own.rt, **settings).is_random
+
     # The defended path.
 
     @property

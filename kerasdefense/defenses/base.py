@@ -120,6 +120,12 @@ class Defense(keras.Model):
         return ()
 
     @classmethod
+    def draws_at_random(cls, own: config.Defense) -> bool:
+        """Return whether what is trained by these settings draws at random when it is asked."""
+        del own
+        return False
+
+    @classmethod
     def crafts_before(cls, own: config.Defense) -> bool:
         """Return whether every training image is attacked once, before training, by `craft_before(batch)`.
 
