@@ -176,13 +176,15 @@ def _of_defense(model: Any) -> Loaded:
         classes, head, kernels = classes_of(logits), _head(logits), _kernels(backbone)
     if attack is not None and hasattr(attack, "norm") and hasattr(attack, "epsilon"):
         threat_model = ThreatModel(attack.norm, attack.epsilon)
+    is_random = _declared(model)
+    activations = None if is_random else getattr(model, "activations", None)  # of another draw than the logits
     return Loaded(
         model.attack_paths(),
         image_shape,
         classes,
-        is_randomised=_declared(model),
-        activations=getattr(model, "activations", None),
-        has_embedding=hasattr(model, "activations"),
+        is_randomised=is_random,
+        activations=activations,
+        has_embedding=activations is not None,
         bare=getattr(model, "bare_activations", None),
         head=head,
         kernels=kernels,

@@ -220,8 +220,12 @@ def test_object_with_paths_of_its_own_needs_nothing_else():
         def attack_paths(self):
             return {"exact": lambda image, seed: image[:, 0, 0], "smoothed": lambda image, seed: image[:, 1, 1]}
 
+        def activations(self, image):
+            return {"logits": image[:, 0, 0], "embedding": image[:, 0, 0]}
+
     loaded = as_paths(Paths())
     assert loaded.is_randomised is True and loaded.image_shape == (None,) * 3 and loaded.digest == ""
+    assert loaded.activations is None and not loaded.has_embedding  # they would be of another draw than the logits
     assert (loaded.threat_model, loaded.features, loaded.attack_budget) == (None,) * 3
     np.testing.assert_array_equal(answer(loaded, path="smoothed"), IMAGE[:, 1, 1])
 
