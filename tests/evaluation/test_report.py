@@ -173,8 +173,8 @@ def test_note_says_what_becomes_of_a_suite_on_a_model_that_draws_at_random(resul
     assert note(random, "autoattack").startswith("Suite autoattack: the model draws at random, so AutoAttack rand, PGD")
     assert note(random, "quick") == (
         "Suite quick: not an AutoAttack result, true robustness is at most this; the model draws at random, so "
-        "those of its attacks that go step by step follow the mean over 20 draws, the others one draw. Accuracies are by "
-        "the mean probabilities of 10 draws."
+        "those of its attacks that go step by step follow the mean over 20 draws, the others one draw. Accuracies are "
+        "by the mean probabilities of 10 draws."
     )
     assert "stand in for it, few attacks for ablations: not an AutoAttack result" in note(random, "ablation")
     assert "few attacks, for ablations: not an AutoAttack result" in note(with_images(results, 1000), "ablation")
