@@ -318,7 +318,7 @@ def test_each_search_is_traced_once_over_many_chunks():
         assert results["robust_accuracy"]["value"] == 1
         return len(traced)
 
-    # Two checks of a few images, which are not traced, one trace of the exact path, and one of a step.
+    # Two checks of a few images, which are not traced; one trace each of the exact path, of the look, and of a step.
     assert passes(8) == passes(40) == 5
 
 
