@@ -20,7 +20,6 @@ from kerasdefense.export.signatures import (
     SIGNATURES,
     is_randomised,
     purified,
-    purifier_of,
     seeded,
     serving_module,
 )
@@ -70,7 +69,7 @@ def save(
     module = serving_module(defense, labels, reject, diagnostics=diagnostics)
     with replacing(path) as temporary:
         _write(module, temporary, labels)
-        purifier = purifier_of(defense)
+        purifier = defense.purification()
         if purifier is not None:
             purifier.save(temporary / DENOISER)
         _compare(defense, reject, temporary)
@@ -123,7 +122,7 @@ def _compare(defense: Defense, reject: Optional[RejectOption], path: Path) -> No
         _compare_draws(defense, loaded, image)
     else:
         _check_close(found, tf.cast(defense(image, training=False), tf.float32).numpy(), "logits")
-    purifier = purifier_of(defense)
+    purifier = defense.purification()
     if purifier is not None:
         _compare_purifier(purifier, loaded, path, image)
     if reject is not None:

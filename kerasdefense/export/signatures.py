@@ -56,7 +56,7 @@ def serving_module(
     if diagnostics and not is_randomised(defense):
         raise UsageError("--export_diagnostics is for models that draw at random; this one does not, leave it out")
     image_shape = _image_shape(defense, labels)
-    purifier = purifier_of(defense)
+    purifier: Any = defense.purification()
     of_images = _of_images(image_shape)
 
     @tf.function(input_signature=[of_images])
@@ -114,7 +114,7 @@ def seeded(defense: Defense) -> Any:
     It returns `logits` and `probabilities` float32 [batch, classes], and where something purifies images before they
     are classified, `image_denoised` float32 [batch, height, width, channels].
     """
-    purifier = purifier_of(defense)
+    purifier = defense.purification()
     of_images = _of_images(defense.backbone.input_shape[1:])
 
     @tf.function(input_signature=[of_images, tf.TensorSpec([None, 2], tf.int32, "seed")])
@@ -127,11 +127,6 @@ def seeded(defense: Defense) -> Any:
         return found
 
     return diagnose
-
-
-def purifier_of(defense: Defense) -> Any:
-    """Return what images pass before a defense's classifier, None if nothing."""
-    return defense.purification()
 
 
 def purified(purifier: Any, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
