@@ -20,7 +20,8 @@ MEGABYTES = {"cafd_cifar10_mini": 5, "osdn_caml_cifar10_mini": 5}
 
 
 def test_every_control_and_method_is_published():
-    names = {f"{name}_cifar10_mini" for name in (*CONTROLS, "osdn_caml", "dfa", "agkd_bml", "standard_vgg19", "cafd")}
+    purified = ("standard_vgg19", "cafd", "standard_resnet8", "atop")
+    names = {f"{name}_cifar10_mini" for name in (*CONTROLS, "osdn_caml", "dfa", "agkd_bml", *purified)}
     assert names | {"standard_cifar10_split0_mini", "pgd_at_cifar10_split0_mini"} <= set(MODELS)
 
 
@@ -35,7 +36,8 @@ def test_published_model_is_whole_small_and_of_its_configuration(name):
     evaluation.read_outcomes(folder)  # figures and outcomes are of one evaluation
     config = ROOT / "configs/cifar10" / (name.replace("_cifar10", "") + ".cfg")
     run = flags.parse([f"--flagfile={config}"])
-    named = dataclasses.replace(run.defense, classifier=Path(run.defense.classifier).name)  # as cards name it
+    places = {name: Path(getattr(run.defense, name)).name for name in ("classifier", "purifier")}
+    named = dataclasses.replace(run.defense, **places)  # as cards name them
     run = dataclasses.replace(run, defense=named)
     for section in ("backbone", "attack", "defense"):
         asked = {key: value for key, value in card["config"][section].items() if key in vars(getattr(run, section))}

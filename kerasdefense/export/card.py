@@ -126,6 +126,7 @@ def _without_places(run: config.Run) -> config.Run:
             run.defense,
             teacher=Path(run.defense.teacher).name,
             classifier=Path(run.defense.classifier).name,
+            purifier=Path(run.defense.purifier).name,
             crafted="",
         ),
         export=dataclasses.replace(run.export, dir=""),
