@@ -64,9 +64,7 @@ def load_defense(run: config.Run, splits: Splits) -> Defense:
     for name in defense.answers_by:
         has, asked = getattr(defense, name), getattr(run.defense, name)
         if has != asked:
-            raise UsageError(
-                f"{path} answers with --defense_{name}={has}, not {asked}: leave the flag as it was trained"
-            )
+            raise UsageError(f"{path} was made with --defense_{name}={has}, not {asked}: leave the flag as it was")
     shape, classes = defense.backbone.input_shape[1:], defense.backbone.output_shape["logits"][-1]
     if shape != splits.image_shape or classes != len(splits.labels):
         found = f"{splits.name} has images {splits.image_shape} of {len(splits.labels)} classes"

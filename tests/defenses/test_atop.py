@@ -19,6 +19,7 @@ from kerasdefense.backbones import blocks, gated
 from kerasdefense.defenses import AToP
 from kerasdefense.defenses.batch import Batch
 from kerasdefense.layers import RandomTransform
+from kerasdefense.run import load_defense
 
 SHAPE, CLASSES, BATCH, EPSILON, RATE = (8, 8, 1), 4, 6, 0.1, 0.05
 ONE_STEP = FGSM(epsilon=EPSILON)
@@ -776,6 +777,20 @@ def test_model_that_is_no_purifier_is_refused(model):
     for give in (stage.take, lambda model: make(purifier=model)):
         with pytest.raises(InputError, match=message):
             give(model)
+
+
+def test_purifier_of_another_range_is_refused():
+    model = two_inputs(**{name: lambda image, mask: 2 * image + mask - 1 for name in ("coarse", "refined")})
+    _, stage = defenses.stages(run_of(purifier="there"))
+    with pytest.raises(InputError, match=r"purifier 'other' makes pixels from -0\.9.* to 1\.9.*, not in \[0, 1\]"):
+        stage.take(model)
+
+
+def test_flag_of_the_path_that_the_model_was_not_made_with_is_refused(tmp_path):
+    make().save(tmp_path / "model.keras")
+    run = config.Run(run_dir=str(tmp_path), attack=config.Attack(epsilon=EPSILON), defense=config.Defense("atop", rt=3))
+    with pytest.raises(UsageError, match=r"model\.keras was made with --defense_rt=2, not 3: leave the flag as it was"):
+        load_defense(run, None)
 
 
 @pytest.mark.parametrize("image_shape", [(16, 8, 1), (8, 8, 3)])

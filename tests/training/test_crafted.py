@@ -376,6 +376,18 @@ def test_classifier_of_other_images_is_refused(few, make_run, saved, begun, tmp_
     assert begun == []
 
 
+def test_classifier_that_knows_images_better_in_another_range_is_refused(few, make_run, saved, begun, tmp_path):
+    _, model = saved("plain")
+    image = keras.Input((8, 8, 1))
+    shifted = keras.Model(image, model(keras.layers.Rescaling(0.5, 0.5)(image)))  # of images in [-1, 1]
+    shifted.save(tmp_path / "shifted.keras")
+    with pytest.raises(
+        InputError, match=r"% of [0-9]+ validation images right.*, and [0-9.]+ % in \[-1, 1\]: put a keras"
+    ):
+        training.train(make_run(classifier=str(tmp_path / "shifted.keras")), few, tmp_path)
+    assert begun == []
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
