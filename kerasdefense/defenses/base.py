@@ -73,8 +73,6 @@ class Defense(keras.Model):
     """That of them which the first optimizer updates, where others stay as they are; "" = all that is trainable."""
     answers_by: ClassVar[tuple[str, ...]] = ()
     """Settings of the defended path that no weight depends on, so that a saved model may have others than flags say."""
-    critic: Any = None
-    """A network that judges what the trained part makes, with an optimizer of its own."""
 
     def __init__(
         self,
@@ -286,7 +284,8 @@ class Defense(keras.Model):
     def optimizers(self) -> list[tuple[keras.optimizers.Optimizer, Sequence[Any]]]:
         """Return each optimizer with the variables that it updates, the critic's last."""
         own: list[tuple[Any, Sequence[Any]]] = [(self.optimizer, self.trainable_variables)]
-        return own if self.critic is None else [*own, (self.critic_optimizer, self.critic.trainable_variables)]
+        critic = self._critic()
+        return own if critic is None else [*own, (self.critic_optimizer, critic.trainable_variables)]
 
     def averaged(self) -> AbstractContextManager[None]:
         """Return a context in which the averages of every optimizer that keeps some stand in for the weights."""
@@ -305,7 +304,7 @@ class Defense(keras.Model):
         Scales, offsets and biases are not decayed.
         """
         optimizer = self.prepare(optimizer)
-        if self.critic is not None:
+        if self._critic() is not None:
             self.critic_optimizer = self.prepare(type(optimizer).from_config(optimizer.get_config()))
         super().compile(optimizer=optimizer, **kwargs)
         for each, variables in self.optimizers():  # now, so that their slots can be restored
@@ -369,6 +368,13 @@ class Defense(keras.Model):
         return cls(**config)
 
     # What the verbs are made of.
+
+    def _critic(self) -> Optional[keras.Model]:
+        """Return the attribute `critic`, a network that judges what the trained part makes, of methods that have one.
+
+        No attribute of the class has its name, or Keras would not track the network.
+        """
+        return getattr(self, "critic", None)
 
     def _logits(self, image: tf.Tensor) -> tf.Tensor:
         return self(image, training=False)
