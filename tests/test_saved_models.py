@@ -53,3 +53,9 @@ def test_published_keras_model_and_saved_model_answer_alike():
     image = np.random.default_rng(0).random((3, 32, 32, 3), np.float32)
     served = tf.saved_model.load(str(folder / "1")).signatures["serving_default"](image=tf.constant(image))
     np.testing.assert_allclose(served["logits"], model(image), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["atop_cifar10_mini", "cafd_cifar10_mini"])
+def test_published_model_with_a_critic_loads_with_all_its_weights(name):
+    model = keras.models.load_model(ROOT / "saved_models" / name / "model.keras")
+    assert {id(each) for each in model.critic.weights} <= {id(each) for each in model.weights}
