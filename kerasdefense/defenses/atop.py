@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from kerasdefense import backbones, config, losses
 from kerasdefense.attacks import PGD, seeds
-from kerasdefense.attacks.wrappers import draws_of, fixed_noise
+from kerasdefense.attacks.wrappers import FIXED_NOISE, draws_of, fixed_noise
 from kerasdefense.defenses import crafting, teaching
 from kerasdefense.defenses.base import ADVERSARIAL_ACCURACY, CLEAN_ACCURACY, Defense
 from kerasdefense.defenses.batch import Batch
@@ -259,7 +259,7 @@ class AToP(Defense):
         def exact(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
             return self(image, training=False, seed=seed)
 
-        return {**paths, "exact": exact, "fixed_noise": fixed_noise(exact)}
+        return {**paths, "exact": exact, FIXED_NOISE: fixed_noise(exact)}
 
     def purification(self) -> keras.Model:
         """Return the model from images to purified images in [0, 1], for use in front of any classifier."""
@@ -373,7 +373,7 @@ class AToP(Defense):
         Where nothing is learnt of labels, measure `restoration`, the distance of step 4, negative, in its place.
         """
         batch = self.unpack(data)
-        seed = self._validation_seed(batch)
+        seed = seeds.per_example(self.seed, _VALIDATION, batch.index)
         if not self.lam_ce:
             given, mask = self.training_transform(batch.image, seed)
             distance = _distance(self.purifier([given, mask], training=False), batch.image)
@@ -399,9 +399,6 @@ class AToP(Defense):
         seed = seeds.per_example(self.seed, _PICTURES, tf.range(tf.shape(image)[0]))
         transformed, _ = self.transform(image, seed)
         return {"transformed": transformed[:: self.transform.passes], "purified": self.purified(image, seed)}
-
-    def _validation_seed(self, batch: Batch) -> tf.Tensor:
-        return seeds.per_example(self.seed, _VALIDATION, batch.index)
 
     # Keras.
 
