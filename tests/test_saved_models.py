@@ -15,8 +15,8 @@ from kerasdefense.export.saved_model import digests
 ROOT = Path(__file__).parents[1]
 MODELS = sorted(path.name for path in (ROOT / "saved_models").iterdir() if path.is_dir())
 CONTROLS = ("standard", "pgd_at", "trades", "mart", "trades_awp")
-MEGABYTES = {"cafd_cifar10_mini": 5, "osdn_caml_cifar10_mini": 5}
-"""Sizes where they are not 2: with model.keras come denoiser and critic, or decoder and peer."""
+MEGABYTES = {"atop_cifar10_mini": 5, "cafd_cifar10_mini": 5, "osdn_caml_cifar10_mini": 5}
+"""Sizes where they are not 2: with model.keras come purifier or denoiser and critic, or decoder and peer."""
 
 
 def test_every_control_and_method_is_published():
