@@ -220,7 +220,12 @@ def test_masked_model_is_marked_and_strict_exits_with_3(tmp_path, capsys):
         ({}, ["--evaluate_outputs=probabilities"], 1, "probabilities"),
         ({}, ["--evaluate_epsilon=-1"], 2, "--evaluate_epsilon=-1"),
         ({}, ["--attack_epsilon=0"], 2, "epsilon must be a finite number above 0"),
-        ({}, ["--evaluate_suite=strong"], 2, "unknown evaluate suite 'strong'; valid: adaptive, autoattack, blackbox"),
+        (
+            {},
+            ["--evaluate_suite=strong"],
+            2,
+            "unknown evaluate suite 'strong'; valid: ablation, adaptive, autoattack, blackbox",
+        ),
         ({}, ["--evaluate_card"], 2, "--evaluate_card needs --evaluate_model to name a published folder"),
         ({}, ["--evaluate_surrogates=nowhere.keras", "--evaluate_suite=blackbox"], 1, "nowhere.keras"),
     ],

@@ -193,7 +193,7 @@ def test_loss_falls_within_fifty_steps(name, digits_of_rt2):
         return loss
 
     losses = [float(step(*batch)) for batch in digits_of_rt2]
-    assert len(losses) == 50 and np.mean(losses[-10:]) < 0.65 * np.mean(losses[:3])
+    assert len(losses) == 50 and np.mean(losses[-10:]) < 0.75 * np.mean(losses[:3])
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +207,9 @@ def digits_of_rt2():
 
 # 0 is the width that a purifier has by default
 def test_purifiers_are_built_by_name():
-    for width, channels in ((0, 24), (9, 9)):
+    for width, channels in ((0, 20), (9, 9)):
         model = build_purifier("gated_unet", (8, 8, 1), width=width)
-        assert model.name == "gated_unet" and model.get_layer("down2_1_gate").output_shape[-1] == channels
+        assert model.name == "gated_unet" and model.get_layer("down1_1_gate").output_shape[-1] == channels
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_purifiers_are_built_by_name():
     [
         (lambda: build_purifier("unet", SHAPE), "unknown purifier 'unet'; valid: gated_inpainter, gated_unet, masked"),
         (lambda: build_purifier("gated_unet", SHAPE, width=-1), "at least 1, or 0 for its default, not -1"),
-        (lambda: build_purifier("gated_unet", SHAPE, width=2), "the width of a purifier must be at least 3, not 2"),
+        (lambda: PURIFIERS["gated_unet"](SHAPE, width=0), "the width of a purifier must be at least 1, not 0"),
         (lambda: build_purifier("gated_inpainter", SHAPE, width=3), "of two stages must be at least 4, not 3"),
         (lambda: build_purifier("gated_inpainter", (8, 8)), r"image_shape must be \(height, width, channels\)"),
         (lambda: masked_autoencoder((9, 8, 1), width=8), "patches of 4 pixels do not divide images of 9 x 8"),

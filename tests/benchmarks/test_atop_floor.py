@@ -27,7 +27,8 @@ def test_floor_takes_each_pass_and_gradient_of_the_method_and_no_other(steps, pa
         ("small_cnn", False): 1 + steps,
         ("gated_unet", True): 1,
         ("gated_unet", False): steps,
-        ("patch_critic", True): 3,
+        ("patch_critic", True): 2,
+        ("patch_critic", False): 1,
         "by the image": steps,
         "by the parameters": 2,
     }

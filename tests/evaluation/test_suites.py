@@ -80,7 +80,7 @@ def test_gap_runs_autoattack_besides_attacks_that_each_stand_alone():
         "margin",
     ]
     assert [planned.transfer for planned in alone.values()] == [False] * 4 + [True]
-    others = set(SUITES) - {"gap", "purified"}
+    others = set(SUITES) - {"ablation", "gap", "purified"}
     assert not any(planned.alone for name in others for planned in by_name(name).values())
 
 
