@@ -15,7 +15,7 @@ from kerasdefense.layers import RandomTransform
 from kerasdefense.types import UsageError
 
 SHAPE = (8, 8, 2)
-WIDTHS = {"gated_inpainter": 4, "gated_unet": 6, "masked_autoencoder": 8}
+WIDTHS = {"gated_inpainter": 4, "gated_unet": 8, "masked_autoencoder": 8}
 """Tiny ones."""
 SEED = tf.constant([[1, 2], [3, 4], [5, 6]])
 
@@ -193,7 +193,7 @@ def test_loss_falls_within_fifty_steps(name, digits_of_rt2):
         return loss
 
     losses = [float(step(*batch)) for batch in digits_of_rt2]
-    assert len(losses) == 50 and np.mean(losses[-10:]) < 0.75 * np.mean(losses[:3])
+    assert len(losses) == 50 and np.mean(losses[-10:]) < 0.65 * np.mean(losses[:3])
 
 
 @pytest.fixture(scope="module")
