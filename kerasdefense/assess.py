@@ -14,22 +14,33 @@ from typing import Any, Callable, Optional
 
 import numpy as np
 import tensorflow as tf
+from rich.console import Console
 
 from kerasdefense import config, data, evaluation, export, recognition
 from kerasdefense.attacks import norms
 from kerasdefense.data import Split, Splits
-from kerasdefense.evaluation import Loaded, Options, ThreatModel, internals, nonadaptive, oblivious, preprocessing
+from kerasdefense.evaluation import (
+    Loaded,
+    Options,
+    ThreatModel,
+    internals,
+    nonadaptive,
+    oblivious,
+    open_set,
+    preprocessing,
+)
 from kerasdefense.evaluation.amplification import ERRORS, write_errors
 from kerasdefense.evaluation.digests import of_file
 from kerasdefense.evaluation.figures import ARRAYS, PICTURE, Figures
 from kerasdefense.evaluation.html import choose_examples, write_report
 from kerasdefense.evaluation.plane import write_plane
 from kerasdefense.evaluation.report import note
+from kerasdefense.evaluation.robustness import Course
 from kerasdefense.evaluation.search import FRESH_DRAWS, Chunk, ExactPath, within
 from kerasdefense.evaluation.suites import SURROGATE
 from kerasdefense.export.saved_model import CARD, digests
 from kerasdefense.files import write_json
-from kerasdefense.types import InputError, UsageError
+from kerasdefense.types import InputError, PathFn, UsageError
 
 FOLDER = "evaluation"
 RESULTS, REPORT, ENTRY, STATE = (
@@ -44,8 +55,17 @@ FIGURES: dict[str, Callable[..., Figures]] = {
 """What is measured image by image beside the attacks, by block of results.json and flag of --evaluate_."""
 
 
-def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
-    """Measure a model on the test images, write evaluation/ of the run directory and return the results."""
+def assess(
+    run: config.Run, splits: Splits, model: Loaded, *, ahead: Optional[Callable[[Course], None]] = None
+) -> dict[str, Any]:
+    """Measure a model on the test images, write evaluation/ of the run directory and return the results.
+
+    Args:
+        run: the run.
+        splits: its data.
+        model: what is measured.
+        ahead: as `evaluation.evaluate` takes it.
+    """
     wanted, run_dir = run.evaluate, Path(run.run_dir)
     own = model.threat_model or ThreatModel(run.attack.norm, run.attack.epsilon)
     if wanted.norm and wanted.norm != own.norm and not wanted.epsilon:
@@ -58,12 +78,15 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
     if wanted.resume == "never":
         shutil.rmtree(journal, ignore_errors=True)
     fitted = recognition.fit(run, splits, model, own)  # first, so that what cannot be fitted costs no attack
-    surrogates = _surrogates(run, splits)
+    surrogates = load_surrogates(run.evaluate.surrogates)
+    for each in surrogates.values():
+        evaluation.check_fits(each, splits.image_shape, len(splits.labels), splits.name)
     outside = run_dir / ARRAYS.format("unseen")
     outside.unlink(missing_ok=True)
     options = Options(
         examples=min(wanted.examples or splits.test.examples, splits.test.examples),
         chunk_size=wanted.chunk_size,
+        block=wanted.block,
         seed=wanted.seed,
         minutes=wanted.minutes,
         progress=run.progress,
@@ -71,7 +94,7 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
         model=" ".join(each.digest for each in (model, *surrogates.values())),
     )
     results = evaluation.evaluate(
-        {**model.attack_paths, **{name: each.attack_paths["exact"] for name, each in surrogates.items()}},
+        paths_of(model, surrogates),
         splits.test.batches(wanted.chunk_size),
         threat_model,
         wanted.suite,
@@ -85,13 +108,14 @@ def assess(run: config.Run, splits: Splits, model: Loaded) -> dict[str, Any]:
         look_outside=wanted.unseen,
         save=run_dir / ADVERSARIAL,
         save_outside=outside,
+        ahead=ahead,
     )
     folder = journal / "open_set" if results["complete"] else None
-    open_set = recognition.measure(run, splits, model, threat_model, fitted, folder)
+    recognised = recognition.measure(run, splits, model, threat_model, fitted, folder)
     results = {
         "schema_version": 2,
         **results,
-        "open_set": open_set,
+        "open_set": recognised,
         **_figures(run, splits, model, threat_model, is_randomised=results["flags"]["randomised"]),
         "attack_budget": model.attack_budget,
         "suite": wanted.suite,
@@ -146,17 +170,36 @@ def _config(run: config.Run) -> dict[str, Any]:
     return {name: settings[name] for name in ("mode", "run_dir", "strict", "data", "evaluate", "detector")}
 
 
-def _surrogates(run: config.Run, splits: Splits) -> dict[str, Loaded]:
-    """Return the surrogates, by the names that evaluation knows their paths by."""
+def load_surrogates(given: str) -> dict[str, Loaded]:
+    """Return the models of --evaluate_surrogates, by the names that evaluation knows their paths by."""
     surrogates: dict[str, Loaded] = {}
-    for each in filter(None, run.evaluate.surrogates.split(",")):
+    for each in filter(None, given.split(",")):
         model = evaluation.load_model(Path(each))
-        evaluation.check_fits(model, splits.image_shape, len(splits.labels), splits.name)
         name = f"{SURROGATE}{model.name}"
         if name in surrogates:
             raise UsageError(f"--evaluate_surrogates names two models called {model.name}; rename one")
         surrogates[name] = model
     return surrogates
+
+
+def paths_of(model: Loaded, surrogates: Mapping[str, Loaded]) -> dict[str, PathFn]:
+    """Return all that attacks look at: the paths of a model, and those of surrogates."""
+    return {**model.attack_paths, **{name: each.attack_paths["exact"] for name, each in surrogates.items()}}
+
+
+def show(results: Mapping[str, Any], title: str, console: Console) -> None:
+    """Print what was found: the tables that there are, the sanity battery, and what is outside the ball."""
+    console.print(evaluation.table(results, title))
+    makers = (
+        evaluation.randomised_table,
+        internals.internals_table,
+        nonadaptive.nonadaptive_table,
+        oblivious.oblivious_table,
+    )
+    for each in filter(None, (*open_set.open_set_tables(results), *(make(results) for make in makers))):
+        console.print(each)
+    for line in (*evaluation.sanity_lines(results), *evaluation.unseen_lines(results)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _write(run_dir: Path, results: Mapping[str, Any], splits: Splits, model: Loaded) -> None:

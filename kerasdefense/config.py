@@ -344,6 +344,12 @@ class Evaluate:
     norm: str = _field("", "norm of the evaluation attacks; empty = the one the model was made for", ("", "linf", "l2"))
     epsilon: float = _field(0.0, "radius of the evaluation attacks; 0 = the one the model was made for", low=0)
     chunk_size: int = _field(256, "images attacked at once; results do not depend on it beyond rounding", low=1)
+    block: int = _field(
+        0,
+        "images that go through all attacks before the next ones come, and that a worker of a pipeline gets at once; "
+        "results do not depend on it beyond rounding; 0 = as many as memory allows (pipelines: --evaluate_chunk_size)",
+        low=0,
+    )
     seed: int = _field(0, "seed of the evaluation attacks", low=0, high=SEEDS)
     alone: bool = _field(False, "run every attack on all images, also where the suite spares those that have fallen")
     minutes: float = _field(
@@ -455,6 +461,28 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True)
+class Gate:
+    """What a model must show before a pipeline pushes it, beside a clean sanity battery and no loss that is sure."""
+
+    clean_accuracy: float = _field(
+        0.0, "least lower 95 % bound of clean accuracy, in (0, 1); 0 = not asked", low=0, high=1
+    )
+    robust_accuracy: float = _field(
+        0.0, "least lower 95 % bound of robust accuracy, in (0, 1); a pipeline needs one", low=0, high=1
+    )
+    auroc: float = _field(
+        0.0,
+        "least lower 95 % bound of the exported detector's AUROC, in (0, 1), unknown images against clean known ones; "
+        "0 = not asked",
+        low=0,
+        high=1,
+    )
+    label_shift: float = _field(
+        0.1, "most that the share of a class may differ between training and evaluation images", low=0, high=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """One run: everything that `python -m kerasdefense.run` needs."""
 
@@ -474,3 +502,4 @@ class Run:
     evaluate: Evaluate = Evaluate()
     detector: Detector = Detector()
     export: Export = Export()
+    gate: Gate = Gate()

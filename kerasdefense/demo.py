@@ -12,6 +12,7 @@ import tensorflow as tf
 from rich.console import Console
 
 from kerasdefense import data, flags, run
+from kerasdefense.boundary import guarded
 from kerasdefense.data import Splits
 from kerasdefense.evaluation.report import radius
 from kerasdefense.files import replacing
@@ -109,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run.guarded(main))
+    sys.exit(guarded(main))

@@ -6,19 +6,17 @@ import dataclasses
 import json
 import shutil
 import sys
-import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any
 
 import keras
 import tensorflow as tf
-from absl import logging
 from rich.console import Console
 
 from kerasdefense import assess, config, data, evaluation, export, flags, recognition, training
 from kerasdefense.assess import ADVERSARIAL, RESULTS
+from kerasdefense.boundary import first_line, guarded
 from kerasdefense.data import Splits
 from kerasdefense.defenses import DEFENSES, Defense
 from kerasdefense.evaluation import internals, nonadaptive, oblivious, open_set, preprocessing
@@ -55,7 +53,7 @@ def load_defense(run: config.Run, splits: Splits) -> Defense:
     try:
         defense = keras.models.load_model(path)
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is not a model that Keras can load: {_first_line(error)}") from error
+        raise InputError(f"{path} is not a model that Keras can load: {first_line(error)}") from error
     if type(defense) is not DEFENSES[run.defense.name]:
         raise InputError(f"{path} holds a {type(defense).__name__}, not what --defense_name={run.defense.name} trains")
     if (defense.attack.norm, defense.attack.epsilon) != (run.attack.norm, run.attack.epsilon):
@@ -113,17 +111,7 @@ def evaluate(run: config.Run, splits: Splits, console: Console) -> dict[str, Any
         preprocessing.check_preprocessor(given, first_images(splits.test.batches(_FEW), _FEW).image)
         model = preprocessing.preprocessed(model, given)
     results = assess.assess(run, splits, model)
-    console.print(evaluation.table(results, f"{model.name} on {splits.name}"))
-    makers = (
-        evaluation.randomised_table,
-        internals.internals_table,
-        nonadaptive.nonadaptive_table,
-        oblivious.oblivious_table,
-    )
-    for each in filter(None, (*open_set.open_set_tables(results), *(make(results) for make in makers))):
-        console.print(each)
-    for line in (*evaluation.sanity_lines(results), *evaluation.unseen_lines(results)):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    assess.show(results, f"{model.name} on {splits.name}", console)
     console.print(Path(run.run_dir) / assess.REPORT, highlight=False, soft_wrap=True)
     if run.evaluate.card:
         export.publish_figures(folder, results, Path(run.run_dir) / assess.ADVERSARIAL)
@@ -279,45 +267,9 @@ def measure_and_export(run: config.Run, splits: Splits, console: Console) -> int
     return STRICT if run.strict and not trusted else 0
 
 
-def guarded(work: Callable[[], Optional[int]], *, verbosity: int = 0) -> int:
-    """Do the work of a command line and return its exit code: its own or 0, 2 for wrong usage, 1 for anything else."""
-    if verbosity < 1:
-        warnings.simplefilter("ignore")
-        logging.set_verbosity(logging.ERROR)
-        tf.get_logger().setLevel("ERROR")
-    try:
-        return work() or 0
-    except flags.HelpRequested as request:
-        print(request)
-    except KeyboardInterrupt:
-        print("interrupted; what was written so far is complete", file=sys.stderr)
-        return 130
-    except Exception as error:  # the boundary to people: one line, whatever went wrong
-        if verbosity >= 1:
-            traceback.print_exc()
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    return 0
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run the command line and return its exit code."""
     return guarded(lambda: execute(flags.parse(arguments), Console()), verbosity=flags.verbosity(arguments))
-
-
-def _one_line(error: Exception) -> str:
-    """Return what went wrong in one line; errors that are not ours carry their type and a way to see more."""
-    if isinstance(error, (UsageError, InputError)):
-        return " ".join(str(error).split())
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-    return f"{type(error).__name__}: {_first_line(error)} (--verbosity=1 shows where)"
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of a message, or the one line in it that our own checks of a batch wrote."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
-    return next((line for line in lines if "assertion failed: [" in line), lines[0])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kerasdefense import evaluation, flags, run, training
+from kerasdefense import boundary, evaluation, flags, run, training
 from kerasdefense.files import replacing
 
 ROOT = Path(__file__).parents[1]
@@ -180,7 +180,7 @@ def test_check_in_a_training_step_is_told_in_one_line(capsys):
         tf.debugging.Assert(tf.reduce_all(image > 0), ["the embedding of a training image is zero"])
         return image
 
-    assert run.guarded(lambda: step(tf.zeros([2]))) == 1
+    assert boundary.guarded(lambda: step(tf.zeros([2]))) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "the embedding of a training image is zero" in error
 

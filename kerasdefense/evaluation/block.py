@@ -14,6 +14,7 @@ from kerasdefense import losses
 from kerasdefense.evaluation.journal import Arrays
 from kerasdefense.evaluation.outcomes import from_levels, to_levels
 from kerasdefense.evaluation.pool import Pool
+from kerasdefense.evaluation.references import References
 from kerasdefense.evaluation.search import Chunk, ExactPath, Search
 
 Watch = Callable[[], None]
@@ -35,16 +36,25 @@ class Block:
         exact: judges images.
         searches: what they go through, in order.
         cascade: whether a search only meets images that stand after those before it.
+        references: images that attacks match; None = these.
     """
 
     def __init__(
-        self, chunk: Chunk, exact: ExactPath, searches: Sequence[Search], *, first: int, cascade: bool
+        self,
+        chunk: Chunk,
+        exact: ExactPath,
+        searches: Sequence[Search],
+        *,
+        first: int,
+        cascade: bool,
+        references: Optional[References] = None,
     ) -> None:
         self.chunk = chunk
         self.first = first
         self.exact = exact
         self.searches = searches
         self.cascade = cascade
+        self.references = references or References(exact, lambda: chunk)
         self.logits = exact.logits(chunk)
         self.clean = np.argmax(self.logits, axis=1) == chunk.label
         self.survived = np.repeat(self.clean[:, None], len(searches), axis=1)
@@ -78,7 +88,9 @@ class Block:
         return np.flatnonzero(met & (np.arange(len(met)) < within))
 
     def _iterate(self, search: Search, rows: np.ndarray, watch: Watch, bar: tqdm) -> None:
-        pool = self._pool = Pool(search, self.chunk, self.logits, rows, self.exact)
+        pool = self._pool = Pool(
+            search, self.chunk, self.logits, rows, self.exact, first=self.first, references=self.references
+        )
         if self._stored_pool is not None:
             pool.from_arrays(self._stored_pool)
             self._stored_pool = None

@@ -17,7 +17,7 @@ from kerasdefense.evaluation import randomised
 from kerasdefense.evaluation.batches import as_batches, first_images
 from kerasdefense.evaluation.probes import Radii, Subject
 from kerasdefense.evaluation.report import accuracy_interval
-from kerasdefense.evaluation.robustness import Measured, Options, measure
+from kerasdefense.evaluation.robustness import Course, Measured, Options, measure
 from kerasdefense.evaluation.sanity import battery, security_curve
 from kerasdefense.evaluation.search import FEATURES, Chunk, ExactPath
 from kerasdefense.evaluation.suites import (
@@ -57,6 +57,7 @@ def evaluate(
     look_outside: bool = False,
     save: Optional[Path] = None,
     save_outside: Optional[Path] = None,
+    ahead: Optional[Callable[[Course], None]] = None,
 ) -> dict[str, Any]:
     """Measure clean and robust accuracy under a suite of attacks, and check the measurement itself.
 
@@ -81,6 +82,8 @@ def evaluate(
         look_outside: measure accuracy on corrupted images and after StAdv too.
         save: .npz file that receives, per example, the worst image found and every outcome.
         save_outside: .npz file that receives, per example, what `look_outside` measures.
+        ahead: called with the attacks, before any runs here; it may put blocks of images that were attacked elsewhere
+            in the journal of the options.
 
     Returns:
         What results.json holds of the measurement: `clean_accuracy`, `robust_accuracy` and `rounded_accuracy` as
@@ -96,8 +99,7 @@ def evaluate(
     _check(attack_paths, threat_model, options, long_examples)
     dataset = as_batches(data)
     few = first_images(dataset, min(options.examples or _LOOK, _LOOK))
-    classes = check_paths(attack_paths, few, options)
-    attack_paths = {name: _with_classes(path, classes) for name, path in attack_paths.items()}
+    attack_paths, classes = shaped(attack_paths, few, options)
     exact = attack_paths["exact"]
     flags = randomised.look(exact, few, seed=options.seed)
     is_random = flags["differs"] or bool(is_randomised)
@@ -117,7 +119,7 @@ def evaluate(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             options = dataclasses.replace(options, journal=folder)
         told = {"features": features, "class_activation": class_activation}
-        measured = measure(attack_paths, dataset, plan, options, **told, save=save)
+        measured = measure(attack_paths, dataset, plan, options, **told, save=save, ahead=ahead)
         results = summary(measured, threat_model)
         skipped = _skipped(plan, attack_paths, told)
         results["flags"] = {**flags, "randomised": is_random, "classes": classes, "skipped": skipped}
@@ -140,6 +142,12 @@ def evaluate(
             results["randomised"] = randomised.protocol(model, blocks, results["attacks"], flags)
     results["trusted"] = all(item["status"] != "fail" for item in results["sanity"] if item["gates"])
     return results
+
+
+def shaped(attack_paths: Mapping[str, PathFn], few: Chunk, options: Options) -> tuple[dict[str, PathFn], int]:
+    """Return paths that say of how many classes their logits are, checked on a few images, and that number."""
+    classes = check_paths(attack_paths, few, options)
+    return {name: _with_classes(path, classes) for name, path in attack_paths.items()}, classes
 
 
 def check_paths(attack_paths: Mapping[str, PathFn], few: Chunk, options: Options) -> int:

@@ -62,12 +62,18 @@ class Journal:
         return self._folder is not None
 
     def blocks(self) -> Iterator[Arrays]:
-        """Yield the blocks that are through, in order."""
-        yield from self._memory
+        """Yield the blocks that are through, in order, up to the first that is not."""
         number = 0
-        while self._folder is not None and self._block(number).is_file():
-            yield _read(self._block(number))
+        while (block := self.block(number)) is not None:
+            yield block
             number += 1
+
+    def block(self, number: int) -> Optional[Arrays]:
+        """Return a block by its number, None where it is not through."""
+        if self._folder is None:
+            return self._memory[number] if number < len(self._memory) else None
+        path = self.path_of(number)
+        return _read(path) if path.is_file() else None
 
     def current(self) -> Optional[Arrays]:
         """Return the block at work, if any is stored."""
@@ -89,16 +95,16 @@ class Journal:
         now = time.monotonic()
         self._next = now + max(self._pause, 50 * (now - started))
 
-    def finish_block(self, arrays: Arrays) -> None:
-        """Store a block that is through; none is at work then."""
+    def finish_block(self, number: int, arrays: Arrays) -> None:
+        """Store a block that is through, by its number; none is at work then. In memory they come in order."""
         if self._folder is None:
             self._memory.append({name: each for name, each in arrays.items() if not name.startswith("image")})
             return
-        number = sum(1 for _ in self._folder.glob("block-*.npz"))
-        _write(self._block(number), arrays)
+        _write(self.path_of(number), arrays)
         (self._folder / CURRENT).unlink(missing_ok=True)
 
-    def _block(self, number: int) -> Path:
+    def path_of(self, number: int) -> Path:
+        """Return where a block is stored, in a journal that has a folder."""
         assert self._folder is not None
         return self._folder / f"block-{number:05d}.npz"
 

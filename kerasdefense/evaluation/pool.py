@@ -7,11 +7,12 @@ any more, the slots are halved as often as the rest allows.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import tensorflow as tf
 
+from kerasdefense.evaluation.references import References
 from kerasdefense.evaluation.search import Chunk, ExactPath, Search, merged, padded_size
 
 _FREE = -1
@@ -31,14 +32,28 @@ class Pool:
         logits: float32 [images, classes], those of the clean images.
         rows: int [n], which of them are attacked.
         exact: judges candidates.
+        first: how many images came before the block.
+        references: images that attacks match; None = those of the block.
     """
 
-    def __init__(self, search: Search, block: Chunk, logits: np.ndarray, rows: np.ndarray, exact: ExactPath) -> None:
+    def __init__(
+        self,
+        search: Search,
+        block: Chunk,
+        logits: np.ndarray,
+        rows: np.ndarray,
+        exact: ExactPath,
+        *,
+        first: int = 0,
+        references: Optional[References] = None,
+    ) -> None:
         self.search = search
         self.block = block
         self.logits = logits
-        self._reference = search.references(block.image, logits)
         self.exact = exact
+        self._first = first
+        self._others = references or References(exact, lambda: block)
+        self._own = search.references(block.image, logits) if search.keeps_its_own else None
         self.rows = rows
         self.fooled = np.zeros(len(rows), bool)
         self.done = np.zeros(len(rows), bool)
@@ -91,18 +106,13 @@ class Pool:
     def _references(self, rows: np.ndarray) -> np.ndarray:
         """Return what is compared: for each row and run of another clean image, not taken for the row's class.
 
-        An attack that goes away from the clean image has that of the row itself.
+        An attack that goes away from the clean image has that of the row itself; one that compares nothing, its logits.
         """
-        if self.search.keeps_its_own:
-            return self._reference[rows]
-        count, answer = len(self.block.label), self.logits.argmax(axis=1)
-        found = (rows + 1 + self.run * 7919) % count
-        for _ in range(count):
-            same = answer[found] == self.block.label[rows]
-            if not same.any():
-                break
-            found = np.where(same, (found + 1) % count, found)
-        return self._reference[found]
+        if self._own is not None:
+            return self._own[rows]
+        if not self.search.matches:
+            return self.logits[rows]
+        return self._others.of(self.search, self.block.label[rows], self._first + rows, self.run)
 
     def _shrink(self) -> None:
         taken = np.flatnonzero(self.place != _FREE)

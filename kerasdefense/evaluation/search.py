@@ -208,6 +208,11 @@ class Search:
         return self.planned.objective == FEATURE_DISTANCE
 
     @property
+    def matches(self) -> bool:
+        """Whether it goes to where another image is."""
+        return self.planned.objective in (LOGITS, FEATURES)
+
+    @property
     def runs(self) -> int:
         """Runs of the attack on each image: a restart of each target."""
         return self.attack.restarts * max(1, self.attack.targets)

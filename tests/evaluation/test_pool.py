@@ -28,7 +28,7 @@ SUITE = (
 )
 
 
-def run(trained, folder, *, batch_size=16, count=40, suite=SUITE, **options):
+def run(trained, folder, *, batch_size=16, count=40, suite=SUITE, ahead=None, **options):
     settings = {"chunk_size": 16, "cascade": True, "journal": folder / "journal", **options}
     return robustness.measure(
         {"exact": trained.path},
@@ -36,6 +36,7 @@ def run(trained, folder, *, batch_size=16, count=40, suite=SUITE, **options):
         suite,
         Options(**settings),
         save=folder / "a.npz",
+        ahead=ahead,
     )
 
 
@@ -228,10 +229,10 @@ def test_block_that_was_killed_between_its_two_files_is_not_taken_for_the_next(
     kept = []
     finish = robustness.Journal.finish_block
 
-    def keeping(self, arrays):
+    def keeping(self, number, arrays):
         path = tmp_path / "journal/current.npz"
         content = path.read_bytes() if path.is_file() else None
-        finish(self, arrays)
+        finish(self, number, arrays)
         if content is not None and not kept:
             kept.append(path.write_bytes(content))
             raise Killed
@@ -355,3 +356,42 @@ def test_evaluation_killed_by_the_system_ends_with_the_same_file(tmp_path):
         process.wait()
     subprocess.run([*command, str(killed)], check=True)
     assert_equal(saved(killed), saved(tmp_path / "whole"))
+
+
+def test_outcomes_do_not_depend_on_the_block_that_an_image_is_in(digits_classifier, whole, tmp_path):
+    measured = run(digits_classifier, tmp_path, block=16)
+    np.testing.assert_array_equal(measured.outcomes.survived, whole[0].outcomes.survived)
+    assert sum(1 for _ in (tmp_path / "journal").glob("block-*.npz")) == 3
+
+
+def test_matching_attack_finds_the_same_reference_from_any_block(digits_classifier):
+    exact = ExactPath(digits_classifier.path, seed=0, chunk_size=16)
+    chunk = Chunk(digits_classifier.image[:40], digits_classifier.label[:40], np.arange(40, dtype=np.int32))
+    references = robustness.References(exact, lambda: chunk)
+    planned = PlannedAttack("matching", PGD(*THREAT, steps=4), "logit_matching")
+    search = Search(planned, "exact", digits_classifier.path, stream=0, seed=0, chunk_size=16)
+    run_of = np.arange(40) % 3
+    together = references.of(search, chunk.label, np.arange(40), run_of)
+    late = references.of(search, chunk.label[24:], np.arange(24, 40), run_of[24:])
+    np.testing.assert_array_equal(late, together[24:])
+    assert (together.argmax(axis=1) != chunk.label).all()
+
+
+def test_blocks_attacked_elsewhere_are_taken_from_the_journal_whatever_their_order(
+    digits_classifier, tmp_path, monkeypatch
+):
+    alone = run(digits_classifier, tmp_path / "alone", block=16, suite=SUITE[:1])
+    attacked = []
+
+    def ahead(course):
+        journal = course.journal()
+        for number in (2, 0):
+            journal.path_of(number).write_bytes((tmp_path / f"alone/journal/block-0000{number}.npz").read_bytes())
+
+    attack = robustness.Block.attack
+    monkeypatch.setattr(
+        robustness.Block, "attack", lambda block, *a, **k: attacked.append(block.first) or attack(block, *a, **k)
+    )
+    measured = run(digits_classifier, tmp_path / "rest", block=16, suite=SUITE[:1], ahead=ahead)
+    assert attacked == [16]
+    np.testing.assert_array_equal(measured.outcomes.survived, alone.outcomes.survived)
