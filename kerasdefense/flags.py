@@ -63,6 +63,11 @@ def _leaves() -> list[tuple[str, str, dataclasses.Field]]:
     return leaves
 
 
+def names() -> set[str]:
+    """Return the names of all flags."""
+    return {name for name, _, _ in _leaves()} | {"flagfile", "verbosity", "help"}
+
+
 def _define() -> absl_flags.FlagValues:
     values = absl_flags.FlagValues()
     for name, _, field in _leaves():
@@ -222,10 +227,10 @@ def to_lines(run: config.Run) -> list[str]:
 
 
 def _unknown_flag(flag: str) -> str:
-    names = [name for name, _, _ in _leaves()] + ["flagfile", "verbosity", "help"]
-    close = difflib.get_close_matches(flag, names, n=1)
+    known = [name for name, _, _ in _leaves()] + ["flagfile", "verbosity", "help"]
+    close = difflib.get_close_matches(flag, known, n=1)
     section = flag.partition("_")[0]
-    family = [name for name in names if name.startswith(f"{section}_")] or names
+    family = [name for name in known if name.startswith(f"{section}_")] or known
     hint = f"did you mean --{close[0]}? " if close else ""
     return f"unknown flag --{flag}; {hint}valid: {', '.join('--' + name for name in family)}"
 

@@ -80,11 +80,13 @@ class Course:
         exact: judges images.
         searches: the attacks on their paths.
         options: how images are attacked.
+        suite: what was planned.
     """
 
     exact: ExactPath
     searches: tuple[Search, ...]
     options: Options
+    suite: tuple[PlannedAttack, ...]
 
     def settings(self) -> dict[str, Any]:
         """Return what the outcomes depend on besides the data."""
@@ -175,7 +177,7 @@ def make_course(
     )
     if not searches:
         raise UsageError("an evaluation needs at least one attack; transfer attacks need a surrogate")
-    return Course(exact, searches, options)
+    return Course(exact, searches, options, tuple(suite))
 
 
 class _Run:

@@ -1,0 +1,107 @@
+"""Beam jobs: their options, and what becomes of one whose workers die."""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import difflib
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Google's libraries announce the end of their support of Python 3.10
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+import psutil
+
+from kerasdefense.types import InputError, UsageError
+
+MULTI_PROCESSING = "--direct_running_mode=multi_processing"
+_WORKER = "sdk_worker_main"
+_DIED = "Worker subprocess exited with return code"
+
+
+def beam_arguments(given: Sequence[str]) -> list[str]:
+    """Return Beam's pipeline options, checked; those of a local run in as many processes as there are processors.
+
+    Raises:
+        UsageError: Beam knows no such option.
+    """
+    known = PipelineOptions([*given]).get_all_options()
+    for each in given:
+        name = each.lstrip("-").partition("=")[0]
+        if each.startswith("-") and name not in known and name.removeprefix("no_") not in known:
+            close = difflib.get_close_matches(name, [*known], n=1)
+            hint = f"; did you mean --{close[0]}?" if close else ", nor does Beam have a pipeline option of this name"
+            raise UsageError(f"unknown flag --{name}{hint}")
+    is_local = known["runner"] in (None, "DirectRunner")
+    if not is_local or any(each.startswith("--direct_running_mode") for each in given):
+        return [*given]
+    workers = (
+        [] if any(each.startswith("--direct_num_workers") for each in given) else [f"--direct_num_workers={cores()}"]
+    )
+    return [*given, MULTI_PROCESSING, *workers]
+
+
+def cores() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def is_multi_processing(arguments: Sequence[str]) -> bool:
+    """Return whether Beam's options ask for workers that are processes of this machine."""
+    return bool(PipelineOptions([*arguments]).get_all_options()["direct_running_mode"] == "multi_processing")
+
+
+def make_pipeline(arguments: Sequence[str]) -> beam.Pipeline:
+    """Return a pipeline with these options, to be used as a context; of Beam itself only errors are logged."""
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    return beam.Pipeline(options=PipelineOptions([*arguments]))
+
+
+@contextlib.contextmanager
+def watched(advice: str) -> Iterator[None]:
+    """Raise an InputError with an advice when a worker process of the local runner dies, which Beam waits for forever.
+
+    Beam's threads report it, and whatever breaks in them then, to `threading.excepthook`. That is where it is noticed,
+    and the main thread, which waits, is interrupted.
+    """
+    died: list[str] = []
+    otherwise = threading.excepthook
+
+    def notice(arguments: threading.ExceptHookArgs) -> None:
+        if not died and _DIED in str(arguments.exc_value):
+            died.append(str(arguments.exc_value).removeprefix(_DIED).strip())
+            _kill_workers()
+            _thread.interrupt_main()
+        elif not died:
+            otherwise(arguments)
+
+    threading.excepthook = notice
+    quiet, logging.raiseExceptions = logging.raiseExceptions, False
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not died:
+            raise
+    except Exception:
+        if not died:
+            raise
+    finally:
+        logging.raiseExceptions = quiet
+        if not died:
+            threading.excepthook = otherwise
+    if died:
+        raise InputError(f"a worker process died (exit code {died[0]}), perhaps for want of memory; {advice}")
+
+
+def _kill_workers() -> None:
+    """Kill the worker processes that are left, which would go on alone and complain."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(_WORKER in part for part in child.cmdline()):
+                child.kill()

@@ -1,0 +1,117 @@
+"""What the metadata store of a pipeline knows: which runs there were, what each step took and made, what was pushed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from ml_metadata import errors
+from ml_metadata.metadata_store import MetadataStore
+from ml_metadata.proto import metadata_store_pb2 as mlmd
+from rich.console import Console
+from rich.table import Table
+
+from kerasdefense.types import InputError
+
+_RUN, _NODE = "pipeline_run", "node"
+_OUTPUT = (mlmd.Event.OUTPUT, mlmd.Event.DECLARED_OUTPUT)
+_PUSHER, _ROBUSTNESS = "Pusher", "RobustnessEvaluator"
+
+
+class Step(NamedTuple):
+    """One step of a run: which, what became of it, and the artifacts that went in and came out, by key."""
+
+    name: str
+    state: str
+    inputs: dict[str, list[mlmd.Artifact]]
+    outputs: dict[str, list[mlmd.Artifact]]
+
+
+def open_store(path: Path) -> MetadataStore:
+    """Open the SQLite store at a path, a new one where there is none.
+
+    Raises:
+        InputError: it is no store of this version of ML Metadata.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = mlmd.ConnectionConfig()
+    connection.sqlite.filename_uri = str(path)
+    connection.sqlite.connection_mode = mlmd.SqliteMetadataSourceConfig.READWRITE_OPENCREATE
+    try:
+        return MetadataStore(connection)
+    except errors.StatusError as error:
+        said = " ".join(str(error).split())
+        raise InputError(
+            f"{path} is no metadata store that this version of ML Metadata reads ({said}); move it away, or pass "
+            "another --root: nothing was run or pushed"
+        ) from error
+
+
+def runs(store: MetadataStore) -> list[mlmd.Context]:
+    """Return the runs of the pipeline, the first one first."""
+    known = {each.name for each in store.get_context_types()}
+    return sorted(store.get_contexts_by_type(_RUN), key=lambda each: each.id) if _RUN in known else []
+
+
+def steps(store: MetadataStore, run: mlmd.Context) -> list[Step]:
+    """Return what was done in a run, in order."""
+    executions = sorted(store.get_executions_by_context(run.id), key=lambda each: each.id)
+    return [_step(store, each) for each in executions]
+
+
+def outcome(store: MetadataStore) -> tuple[Optional[str], str]:
+    """Return where the last run pushed its model, None where it did not, and the verdict on it in words."""
+    found = {step.name: step for step in steps(store, runs(store)[-1])}
+    model, report = (_only(found, name, key) for name, key in ((_PUSHER, "pushed_model"), (_ROBUSTNESS, "report")))
+    verdict = "" if report is None else report.properties["verdict"].string_value
+    if model is None or not model.custom_properties["pushed"].int_value:
+        return None, f"{verdict} (report: {'none' if report is None else report.uri})"
+    return model.custom_properties["pushed_destination"].string_value, f"{verdict} (report: {report.uri})"
+
+
+def show(store: MetadataStore, console: Console) -> None:
+    """Print every run's steps with what went in and came out, and the artifacts of the last run."""
+    every = runs(store)
+    if not every:
+        raise InputError("there was no run of this pipeline yet")
+    artifacts: dict[int, mlmd.Artifact] = {}
+    for run in every:
+        table = Table("step", "state", "took", "made", title=f"run {run.name}", title_justify="left")
+        artifacts = {}
+        for step in steps(store, run):
+            table.add_row(step.name, step.state, _words(step.inputs), _words(step.outputs))
+            made = (each for group in (step.inputs, step.outputs) for each in group.values())
+            artifacts |= {artifact.id: artifact for each in made for artifact in each}
+        console.print(table)
+    table = Table("artifact", "type", "what is known", "where", title="artifacts of the last run", title_justify="left")
+    for number, artifact in sorted(artifacts.items()):
+        table.add_row(str(number), artifact.type, _facts(artifact), artifact.uri)
+    console.print(table, soft_wrap=True)
+
+
+def _step(store: MetadataStore, execution: mlmd.Execution) -> Step:
+    inputs: dict[str, list[mlmd.Artifact]] = {}
+    outputs: dict[str, list[mlmd.Artifact]] = {}
+    for event in store.get_events_by_execution_ids([execution.id]):
+        key = next((step.key for step in event.path.steps if step.HasField("key")), "?")
+        group = outputs if event.type in _OUTPUT else inputs
+        group.setdefault(key, []).extend(store.get_artifacts_by_id([event.artifact_id]))
+    nodes = [each for each in store.get_contexts_by_execution(execution.id) if each.type == _NODE]
+    name = nodes[0].name.rpartition(".")[2] if nodes else execution.type
+    return Step(name, mlmd.Execution.State.Name(execution.last_known_state).lower(), inputs, outputs)
+
+
+def _only(found: dict[str, Step], name: str, key: str) -> Optional[mlmd.Artifact]:
+    made = found[name].outputs.get(key, []) if name in found else []
+    return made[0] if made else None
+
+
+def _words(group: dict[str, list[mlmd.Artifact]]) -> str:
+    return ", ".join(f"{key} {'+'.join(str(each.id) for each in found)}" for key, found in sorted(group.items()))
+
+
+def _facts(artifact: mlmd.Artifact) -> str:
+    kept = ("verdict", "clean_accuracy", "robust_accuracy", "blessed", "pushed", "pushed_version", "split_names")
+    every: dict[str, Any] = {**artifact.properties, **artifact.custom_properties}
+    values = {name: every[name] for name in kept if name in every}
+    return ", ".join(f"{name} {getattr(value, value.WhichOneof('value'))}" for name, value in values.items())

@@ -1,0 +1,175 @@
+"""The pipeline: from images to a push that robustness gates. Runners bind its paths."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import tensorflow_model_analysis as tfma
+from tfx.components import Evaluator, ImportExampleGen, Pusher, SchemaGen, StatisticsGen, Trainer
+from tfx.dsl.components.common.resolver import Resolver
+from tfx.dsl.input_resolution.strategies.latest_blessed_model_strategy import LatestBlessedModelStrategy
+from tfx.orchestration import metadata
+from tfx.orchestration.pipeline import Pipeline
+from tfx.proto import example_gen_pb2, pusher_pb2, trainer_pb2
+from tfx.types import Channel, standard_artifacts
+
+from kerasdefense import config, flags
+from pipelines.components.example_validator import ImageExampleValidator
+from pipelines.components.robustness_evaluator import RobustnessEvaluator
+from pipelines.gate import check_gate
+
+TRAINER = "pipelines.trainer_module.run_fn"
+LABEL, PROBABILITIES, SIGNATURE = "label", "probabilities", "examples"
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """The examples that a pipeline starts from, and what is known of them.
+
+    Attributes:
+        folder: what `python -m pipelines.examples` wrote.
+        splits: the folders in it.
+        name: of the data set.
+        labels: class names, in label order.
+        shape: (height, width, channels).
+    """
+
+    folder: str
+    splits: tuple[str, ...]
+    name: str
+    labels: tuple[str, ...]
+    shape: tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where a pipeline keeps what it makes.
+
+    Attributes:
+        root: folder of all artifacts.
+        push: folder that a server watches; a version is pushed into it.
+        state: folder of what is kept for a run that was stopped, and of outcomes by model and images.
+    """
+
+    root: str
+    push: str
+    state: str
+
+
+def create_pipeline(
+    name: str,
+    run: config.Run,
+    images: Images,
+    places: Places,
+    *,
+    beam_arguments: Sequence[str] = (),
+    metadata_path: Optional[str] = None,
+) -> Pipeline:
+    """Return the pipeline; it depends on its arguments alone and touches nothing.
+
+    Examples are brought in, counted and validated, a defense is trained on them and exported, TFX's Evaluator measures
+    it class by class, ours attacks it, and it is pushed where both bless it. There is no Transform: what images pass
+    before the model (decoding, resizing, scaling) is in the exported graph, where training and serving share it.
+
+    Args:
+        name: of the pipeline, by which a run knows what earlier ones did.
+        run: says what is trained, how it is evaluated, and what a push needs.
+        images: the examples.
+        places: folders, or URLs.
+        beam_arguments: Beam's pipeline options for all components that use it.
+        metadata_path: SQLite file of ML Metadata; None where the orchestrator keeps its own.
+
+    Raises:
+        UsageError: thresholds that are missing or contradict each other.
+    """
+    check_gate(run)
+    lines = flags.to_lines(dataclasses.replace(run, run_dir="", mode="all", progress=False))
+    example_gen = ImportExampleGen(input_base=images.folder, input_config=_input_config(images.splits))
+    examples = example_gen.outputs["examples"]
+    statistics_gen = StatisticsGen(examples=examples)
+    schema_gen = SchemaGen(statistics=statistics_gen.outputs["statistics"], infer_feature_shape=True)
+    validator = ImageExampleValidator(
+        examples=examples,
+        statistics=statistics_gen.outputs["statistics"],
+        schema=schema_gen.outputs["schema"],
+        image_shape=images.shape,
+        classes=len(images.labels),
+        max_label_shift=run.gate.label_shift,
+        state_dir=f"{places.state}/anomalies",
+    )
+    trainer = Trainer(
+        run_fn=TRAINER,
+        examples=examples,
+        train_args=trainer_pb2.TrainArgs(splits=["train"]),
+        eval_args=trainer_pb2.EvalArgs(splits=["eval"]),
+        custom_config={
+            "flags": lines,
+            "labels": list(images.labels),
+            "data_name": images.name,
+            "state_dir": f"{places.state}/training",
+        },
+    )
+    trainer.add_upstream_node(validator)
+    model = trainer.outputs["model"]
+    resolver = Resolver(
+        strategy_class=LatestBlessedModelStrategy,
+        model=Channel(type=standard_artifacts.Model),
+        model_blessing=Channel(
+            type=standard_artifacts.ModelBlessing, producer_component_id=RobustnessEvaluator.__name__
+        ),
+    ).with_id("latest_blessed_model")
+    evaluator = Evaluator(examples=examples, model=model, eval_config=eval_config(run.gate), example_splits=["eval"])
+    robustness = RobustnessEvaluator(
+        examples,
+        model,
+        baseline_model=resolver.outputs["model"],
+        evaluator_blessing=evaluator.outputs["blessing"],
+        settings={
+            "flags": json.dumps(lines),
+            "labels": json.dumps(images.labels),
+            "data_name": images.name,
+            "state_dir": f"{places.state}/outcomes",
+            "threads": 1,
+        },
+    )
+    pusher = Pusher(
+        model=model,
+        model_blessing=robustness.outputs["blessing"],
+        push_destination=pusher_pb2.PushDestination(
+            filesystem=pusher_pb2.PushDestination.Filesystem(base_directory=places.push)
+        ),
+    )
+    components: list[Any] = [example_gen, statistics_gen, schema_gen, validator, trainer]
+    components += [resolver, evaluator, robustness, pusher]
+    return Pipeline(
+        pipeline_name=name,
+        pipeline_root=places.root,
+        components=components,
+        enable_cache=True,
+        metadata_connection_config=(
+            None if metadata_path is None else metadata.sqlite_metadata_connection_config(metadata_path)
+        ),
+        beam_pipeline_args=[*beam_arguments],
+    )
+
+
+def eval_config(gate: config.Gate) -> tfma.EvalConfig:
+    """Return what TFX's Evaluator measures: accuracy over all images and by class, by the served signature."""
+    bound = tfma.GenericValueThreshold(lower_bound={"value": gate.clean_accuracy})
+    accuracy = tfma.MetricConfig(
+        class_name="SparseCategoricalAccuracy", threshold=tfma.MetricThreshold(value_threshold=bound)
+    )
+    return tfma.EvalConfig(
+        model_specs=[tfma.ModelSpec(signature_name=SIGNATURE, label_key=LABEL, prediction_key=PROBABILITIES)],
+        slicing_specs=[tfma.SlicingSpec(), tfma.SlicingSpec(feature_keys=[LABEL])],
+        metrics_specs=[tfma.MetricsSpec(metrics=[tfma.MetricConfig(class_name="ExampleCount"), accuracy])],
+    )
+
+
+def _input_config(splits: Sequence[str]) -> example_gen_pb2.Input:
+    return example_gen_pb2.Input(
+        splits=[example_gen_pb2.Input.Split(name=split, pattern=f"{split}/*") for split in splits]
+    )
