@@ -12,6 +12,8 @@ from typing import Any
 SEEDS = 2**31 - 1
 ALL = "all"
 """Every name of a registry, for a flag that takes several."""
+OWN_IMAGES = ("folder", "examples")
+"""Names of data whose folder is the user's own, not where TensorFlow Datasets keeps its sets."""
 
 
 def _field(default: Any, help_line: str, choices: tuple[str, ...] = (), *, low: Any = None, high: Any = None) -> Any:
@@ -24,8 +26,12 @@ def _field(default: Any, help_line: str, choices: tuple[str, ...] = (), *, low: 
 class Data:
     """Where the images come from and how training sees them."""
 
-    name: str = _field("digits", "digits, folder, or the name of a TFDS image-classification set")
-    dir: str = _field("", "folder of images (--data_name=folder), else the TFDS data directory; empty = TFDS default")
+    name: str = _field("digits", "digits, folder, examples, or the name of a TFDS image-classification set")
+    dir: str = _field(
+        "",
+        "folder of images (--data_name=folder) or of TFRecord files (--data_name=examples), else the TFDS data "
+        "directory; empty = TFDS default",
+    )
     validation_fraction: float = _field(0.1, "share of the training images held out for validation, in (0, 1)")
     image_size: int = _field(0, "side in pixels to which images are resized; 0 = keep their own size", low=0)
     augment: str = _field(

@@ -161,7 +161,7 @@ def _unknown(run: config.Run, splits: Splits) -> list[Unknown]:
         unknown.append(Unknown(UNKNOWN_CLASSES, "", splits.unknown.batches(size)))
     if run.evaluate.ood:
         # The folder of a user's own images is no place for those of TensorFlow Datasets.
-        data_dir = "" if run.data.name == "folder" else run.data.dir
+        data_dir = "" if run.data.name in config.OWN_IMAGES else run.data.dir
         sets = ood.load(run.evaluate.ood, splits.name, splits.image_shape, data_dir=data_dir)
         if splits.name in [each.name for each in sets]:
             raise UsageError(f"--evaluate_ood names {splits.name}, the known set itself; name others")

@@ -1,4 +1,4 @@
-"""Data sets: bundled digits, TFDS sets by name, folders of images; `load(config.Data) -> Splits`."""
+"""Data sets: bundled digits, TFDS sets by name, folders of images or of tf.Examples; `load(config.Data) -> Splits`."""
 
 from __future__ import annotations
 

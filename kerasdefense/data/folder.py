@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from PIL import Image
 
 from kerasdefense import config
+from kerasdefense.data.headers import Header, common_shape, read_header
 from kerasdefense.data.records import ImageShape, Records, Source, decode
 from kerasdefense.types import InputError, UsageError
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif"))
 
 _SPLITS = ("train", "validation", "test")
-_FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF")
-_GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B")
 _ORDER_SEED = 1797
-
-
-class _Header(NamedTuple):
-    height: int
-    width: int
-    colour: bool
 
 
 def read(data: config.Data) -> Source:
@@ -98,50 +88,17 @@ def _files(folder: Path, labels: tuple[str, ...]) -> tuple[list[str], np.ndarray
 
 def _image_shape(paths: list[str], image_size: int) -> ImageShape:
     """Check every file and return the shape that all images get, in colour if one of them is."""
-    headers = [_header(path) for path in paths]
-    channels = 3 if any(header.colour for header in headers) else 1
-    if image_size:
-        return image_size, image_size, channels
-    height, width, _ = headers[0]
-    for path, header in zip(paths, headers):
-        if header[:2] != (height, width):
-            raise InputError(
-                f"{path}: is {header.height}x{header.width} (height x width) but {paths[0]} is "
-                f"{height}x{width}; pass --data_image_size=N to resize all images to N x N"
-            )
-    return height, width, channels
+    headers = [(path, header(path)) for path in paths]
+    return common_shape(headers, image_size)
 
 
-def _header(path: str) -> _Header:
+def header(path: str) -> Header:
     """Read the size of an image, or raise an InputError that names a file that cannot be decoded."""
     try:
-        with Image.open(path) as image:
-            header = _Header(image.height, image.width, image.mode not in _GREY_MODES)
-            image_format = image.format
-            if image_format == "PNG":
-                image.verify()
-            elif image_format not in ("JPEG", "MPO") or not _ends_as_jpeg(path):
-                image.load()
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        with open(path, "rb") as file:
+            return read_header(file, path)
+    except OSError as error:
         raise InputError(f"{path}: not a readable image ({error})") from error
-    if image_format not in _FORMATS:
-        raise InputError(f"{path}: is {image_format}; convert it to PNG or JPEG")
-    if image_format == "BMP" and _bits_of_bmp(path) != 24:
-        raise InputError(f"{path}: a BMP image must have 24 bits per pixel; convert it to PNG")
-    return header._replace(colour=header.colour or image_format in ("BMP", "GIF"))
-
-
-def _ends_as_jpeg(path: str) -> bool:
-    """Return whether a file ends with the end marker, without which a JPEG image may be truncated."""
-    with open(path, "rb") as file:
-        file.seek(-2, os.SEEK_END)
-        return file.read() == b"\xff\xd9"
-
-
-def _bits_of_bmp(path: str) -> int:
-    """Return the bits per pixel that the header of a BMP file declares."""
-    with open(path, "rb") as file:
-        return int.from_bytes(file.read(30)[28:], "little")
 
 
 def _decode_file(path: tf.Tensor, *, image_shape: ImageShape, resize: bool) -> tf.Tensor:

@@ -121,7 +121,7 @@ def read(source: str, image_shape: ImageShape, *, data_dir: str = "") -> Split:
     if not count:
         raise InputError(f"{source}: holds no images")
     for place in range(count) if path.is_dir() else ():
-        folder._header(records.name(place))
+        folder.header(records.name(place))
     return Split(records, np.arange(count), records.label, image_shape, cache="none")
 
 

@@ -16,7 +16,7 @@ TEST_SEED = 20_200_221
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-    """Some examples of a source split: `index` int64 [examples], ascending places in `records`."""
+    """Some examples of a source split: `index` int64 [examples], ascending numbers of examples of `records`."""
 
     records: Records
     index: np.ndarray
@@ -24,11 +24,12 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Partition:
-    """A source divided into three parts that share no example."""
+    """A source divided into parts that share no example; unknown images only where it has some apart."""
 
     train: Part
     validation: Part
     test: Part
+    unknown: Part | None = None
 
 
 def holdout(label: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -62,7 +63,7 @@ def partition(source: Source, validation_fraction: float) -> Partition:
         UsageError: `validation_fraction` leaves a part empty.
         InputError: too few images to hold out a test.
     """
-    train = Part(source.train, np.arange(len(source.train.label)))
+    train = Part(source.train, source.train.numbers)
     test = _whole(source.test)
     if test is None:
         train, test = _take(train, TEST_FRACTION, TEST_SEED)
@@ -77,11 +78,11 @@ def partition(source: Source, validation_fraction: float) -> Partition:
                 f"--data_validation_fraction={validation_fraction:g} of {available} training images leaves "
                 f"{len(train.index)} for training and {len(validation.index)} for validation; both need some"
             )
-    return Partition(train, validation, test)
+    return Partition(train, validation, test, _whole(source.unknown))
 
 
 def _whole(records: Records | None) -> Part | None:
-    return None if records is None else Part(records, np.arange(len(records.label)))
+    return None if records is None else Part(records, records.numbers)
 
 
 def _take(part: Part, fraction: float, seed: int) -> tuple[Part, Part]:

@@ -19,16 +19,30 @@ class Records:
     """The images of one split of a source, in an order that never changes.
 
     Attributes:
-        label: int32 [examples], each in [0, classes), or -1 where the classes are not known.
-        read: returns a dataset of `examples` elements: an encoded image, the path of a file, or uint8 pixels.
+        label: int32 [highest index + 1], each in [0, classes), or -1 where the class is not known or no example is.
+        read: returns a dataset of all examples in ascending order: an encoded image, the path of a file, or uint8
+            pixels.
         decode: turns one such element into uint8 [height, width, channels].
         name: says where the example of an index was found.
+        index: int64 [examples], ascending: the number of each example; None = they are numbered without a gap.
     """
 
     label: np.ndarray
     read: Callable[[], tf.data.Dataset]
     decode: Callable[[tf.Tensor], tf.Tensor]
     name: Callable[[int], str]
+    index: np.ndarray | None = None
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """Return int64 [examples], ascending: the number of each example."""
+        return np.arange(len(self.label)) if self.index is None else self.index
+
+    def numbered(self) -> tf.data.Dataset:
+        """Return a dataset of (int64 number, element) of all examples."""
+        if self.index is None:
+            return self.read().enumerate()
+        return tf.data.Dataset.zip((tf.data.Dataset.from_tensor_slices(self.index), self.read()))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +56,7 @@ class Source:
         train: the training images.
         validation: its own validation images, if it has any beside test images.
         test: its test images, if it has any.
+        unknown: images of unknown classes, label -1, if it has divided its classes itself.
     """
 
     name: str
@@ -50,6 +65,7 @@ class Source:
     train: Records
     validation: Records | None = None
     test: Records | None = None
+    unknown: Records | None = None
 
 
 def decode(encoded: tf.Tensor, image_shape: ImageShape, resize: bool) -> tf.Tensor:

@@ -66,7 +66,7 @@ def _builder(data: config.Data) -> Any:
         close = difflib.get_close_matches(data.name, names, n=3)
         advice = f"did you mean {' or '.join(close)}? " if close else ""
         raise UsageError(
-            f"--data_name={data.name} is not a TFDS set; {advice}valid: digits, folder, or a name of "
+            f"--data_name={data.name} is not a TFDS set; {advice}valid: digits, folder, examples, or a name of "
             f"https://www.tensorflow.org/datasets/catalog"
         ) from error
     except (ValueError, AssertionError, ImportError) as error:

@@ -29,7 +29,7 @@ class Split:
     Attributes:
         records: the source split.
         index: int64 [examples], ascending: the examples of the source split that belong to this one.
-        label: int32 [examples of the source split], the label that a model sees (-1 = unknown class).
+        label: int32 [highest index of the source split + 1], the label that a model sees (-1 = unknown class).
         image_shape: (height, width, channels).
         cache: where decoded images are kept: "memory", "disk" (until the process ends) or "none".
     """
@@ -65,7 +65,7 @@ class Split:
             image = tf.ensure_shape(self.records.decode(record), self.image_shape)
             return {"image": image, "label": label[index], "index": tf.cast(index, tf.int32)}
 
-        numbered = self.records.read().enumerate().filter(lambda index, _: is_kept[index])
+        numbered = self.records.numbered().filter(lambda index, _: is_kept[index])
         decoded = numbered.map(decode, tf.data.AUTOTUNE, deterministic=True)
         if self.cache == "none":
             return decoded
@@ -79,11 +79,11 @@ class Split:
 
     def _broken(self) -> str:
         """Return the name of the first image that cannot be decoded."""
-        for place, record in enumerate(self.records.read()):
+        for index, record in self.records.numbered():
             try:
                 self.records.decode(record)
             except tf.errors.OpError:
-                return self.records.name(place)
+                return self.records.name(int(index))
         return "images cannot be read or cached"
 
 

@@ -120,7 +120,7 @@ def _without_places(run: config.Run) -> config.Run:
         run,
         run_dir="",
         runs="",
-        data=dataclasses.replace(run.data, dir=Path(run.data.dir).name if run.data.name == "folder" else ""),
+        data=dataclasses.replace(run.data, dir=Path(run.data.dir).name if run.data.name in config.OWN_IMAGES else ""),
         backbone=dataclasses.replace(run.backbone, path=Path(run.backbone.path).name),
         defense=dataclasses.replace(
             run.defense,

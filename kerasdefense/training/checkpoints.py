@@ -109,7 +109,9 @@ def settings_of(run: config.Run, splits: Splits) -> dict[str, Any]:
 
 def _flags_of(run: config.Run) -> dict[str, Any]:
     """Return the flags that training depends on, files as whole paths."""
-    data_dir = str(Path(run.data.dir).resolve()) if run.data.name == "folder" else ""  # a set keeps its name elsewhere
+    data_dir = (
+        str(Path(run.data.dir).resolve()) if run.data.name in config.OWN_IMAGES else ""
+    )  # a set keeps its name elsewhere
     sections = {
         "data": dataclasses.replace(run.data, dir=data_dir),
         "backbone": dataclasses.replace(run.backbone, path=_whole(run.backbone.path)),
