@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from kerasdefense.defenses import Defense
 from kerasdefense.detectors.rejection import RejectOption
+from kerasdefense.export.decoding import examples_as_images, files_as_images
 from kerasdefense.types import InputError, UsageError
 
 SIGNATURES = ("serving_default", "image_bytes", "examples")
@@ -35,8 +36,16 @@ def serving_module(
     - `examples(examples)`: string [batch], serialised `tf.train.Example` with such a file as feature `image`.
 
     Each returns `logits` and `probabilities` float32 [batch, classes], `label` int64 [batch] (the class of
-    the highest logit) and `class_name` string [batch]; with a reject option also `anomaly_score` float32 [batch],
-    higher = more unknown, and `accepted` bool [batch], whether that is at most the option's threshold.
+    the highest logit), `class_name` string [batch], `anomaly_score` float32 [batch], higher = more unknown, `accepted`
+    bool [batch] and `valid` bool [batch]. With a reject option the score is its detector's, and valid images are
+    accepted where it is at most the option's threshold. Without one it is 1 - the highest probability (Hendrycks and
+    Gimpel 2017), and every valid image is accepted.
+
+    Since servers merge requests into batches, what is wrong with the content of one row is told by that row alone: its
+    neighbours are answered as if it were a good one. A row with NaN, infinity or a value outside [0, 1], a file that
+    cannot be decoded or whose header tells of more than `decoding.LARGEST` pixels, or an example that cannot be parsed
+    or lacks the feature has `valid` and `accepted` false, logits and probabilities 0, label -1, class name "" and as
+    anomaly score the largest float32.
 
     A defense that purifies images has `denoise(image)` besides, of the input of `serving_default`, which returns
     `image_denoised` float32 [batch, height, width, channels] in [0, 1].
@@ -58,35 +67,19 @@ def serving_module(
     image_shape = _image_shape(defense, labels)
     purifier: Any = defense.purification()
     of_images = _of_images(image_shape)
+    answer = _answering(defense, labels, reject)
 
     @tf.function(input_signature=[of_images])
     def serving_default(image: tf.Tensor) -> dict[str, tf.Tensor]:
-        size, image = tf.shape(image)[0], _filled(image)
-        judged = {}
-        if reject is None:
-            logits = tf.cast(defense(image, training=False), tf.float32)[:size]
-        else:
-            activations = defense.activations(image)
-            logits = tf.cast(activations["logits"], tf.float32)[:size]
-            score = reject.detector.score_with(activations, defense.activations, image)[:size]
-            judged = {"anomaly_score": score, "accepted": score <= reject.threshold}
-        label = tf.argmax(logits, axis=-1)
-        return {
-            **judged,
-            "logits": logits,
-            "probabilities": tf.nn.softmax(logits),
-            "label": label,
-            "class_name": tf.gather(tf.constant(list(labels)), label),
-        }
+        return answer(image, tf.reduce_all((image >= 0) & (image <= 1), axis=[1, 2, 3]))
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")])
     def image_bytes(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        return serving_default(_decode(image_bytes, image_shape))
+        return answer(*files_as_images(image_bytes, image_shape))
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "examples")])
     def examples(examples: tf.Tensor) -> dict[str, tf.Tensor]:
-        features = tf.io.parse_example(examples, {"image": tf.io.FixedLenFeature([], tf.string)})
-        return serving_default(_decode(features["image"], image_shape))
+        return answer(*examples_as_images(examples, image_shape))
 
     @tf.function(input_signature=[of_images])
     def denoise(image: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -99,8 +92,41 @@ def serving_module(
     if diagnostics:
         module.diagnose = seeded(defense)
     # Only these are saved: no optimizer, metrics or Keras classes, which a loader would have to know.
-    module.weights = list(serving_default.get_concrete_function().graph.variables)
+    module.weights = list(answer.get_concrete_function().graph.variables)
     return module
+
+
+def _answering(defense: Defense, labels: Sequence[str], reject: Optional[RejectOption]) -> Any:
+    """Return `answer(image, valid)`, the `tf.function` of images and bool [batch] that every signature ends in."""
+    names = tf.constant([*labels, ""])
+
+    @tf.function(
+        input_signature=[_of_images(defense.backbone.input_shape[1:]), tf.TensorSpec([None], tf.bool, "valid")]
+    )
+    def answer(image: tf.Tensor, valid: tf.Tensor) -> dict[str, tf.Tensor]:
+        size, image = tf.shape(image)[0], _filled(tf.where(valid[:, None, None, None], image, 0.0))
+        if reject is None:
+            logits = tf.cast(defense(image, training=False), tf.float32)[:size]
+            probabilities = tf.nn.softmax(logits)
+            score, accepted = 1 - tf.reduce_max(probabilities, axis=-1), valid
+        else:
+            activations = defense.activations(image)
+            logits = tf.cast(activations["logits"], tf.float32)[:size]
+            probabilities = tf.nn.softmax(logits)
+            score = reject.detector.score_with(activations, defense.activations, image)[:size]
+            accepted = valid & (score <= reject.threshold)
+        label = tf.argmax(logits, axis=-1)
+        return {
+            "logits": tf.where(valid[:, None], logits, 0.0),
+            "probabilities": tf.where(valid[:, None], probabilities, 0.0),
+            "label": tf.where(valid, label, -1),
+            "class_name": tf.gather(names, tf.where(valid, label, len(labels))),
+            "anomaly_score": tf.where(valid, score, tf.float32.max),
+            "accepted": accepted,
+            "valid": valid,
+        }
+
+    return answer
 
 
 def is_randomised(model: Any) -> bool:
@@ -154,18 +180,3 @@ def _image_shape(defense: Defense, labels: Sequence[str]) -> tuple[int, int, int
     if shape[2] not in _CHANNELS:
         raise InputError(f"a model of {shape[2]} channels cannot be exported: image files have 1, 3 or 4")
     return shape
-
-
-def _decode(encoded: tf.Tensor, image_shape: tuple[int, int, int]) -> tf.Tensor:
-    """Return the images [batch, height, width, channels] of a batch of files, in 256 levels of [0, 1]."""
-    height, width, channels = image_shape
-
-    def decode_one(file: tf.Tensor) -> tf.Tensor:
-        # Grey is made from colour, since BMP and GIF files are not decoded to one channel.
-        image = tf.io.decode_image(file, channels=max(channels, 3), expand_animations=False)
-        image = tf.ensure_shape(image, (None, None, max(channels, 3)))
-        image = tf.image.rgb_to_grayscale(image) if channels == 1 else image
-        resized = tf.image.resize(image, (height, width), antialias=True)
-        return tf.clip_by_value(tf.round(resized), 0, 255) / 255
-
-    return tf.map_fn(decode_one, encoded, fn_output_signature=tf.TensorSpec(image_shape, tf.float32))
