@@ -38,8 +38,8 @@ from kerasdefense.evaluation.report import note
 from kerasdefense.evaluation.robustness import Course
 from kerasdefense.evaluation.search import FRESH_DRAWS, Chunk, ExactPath, within
 from kerasdefense.evaluation.suites import SURROGATE
-from kerasdefense.export.saved_model import CARD, digests
 from kerasdefense.files import write_json
+from kerasdefense.integrity import CARD, MODEL, OUTCOMES, beside, claimed_beside, digests
 from kerasdefense.types import InputError, PathFn, UsageError
 
 FOLDER = "evaluation"
@@ -338,15 +338,19 @@ def _verify_published(folder: Path) -> tuple[list[str], bool]:
             claimed, there = own["files"].get(name, "not in the card"), found.get(name, "missing")
             right &= claimed == there
             lines.append(_agreement(f"{version.name}/{name}", claimed, there))
-    if card["figures"]:
+    claimed_files, found_files = claimed_beside(card), beside(folder)
+    for name in sorted({*claimed_files, *found_files}):
+        claimed, there = claimed_files.get(name, "not in the card"), found_files.get(name, "missing")
+        right &= claimed == there
+        lines.append(_agreement(name, claimed, there))
+    evaluated = (card["figures"] or {}).get("model_digest")
+    if evaluated and MODEL in found_files:
+        right &= evaluated == found_files[MODEL]
+        lines.append(_agreement("the model that was evaluated", evaluated, found_files[MODEL]))
+    if card["figures"] and OUTCOMES in found_files:
         outcomes = evaluation.read_outcomes(folder)  # raises where outcomes and figures are not of one evaluation
         accuracies = f"clean {100 * outcomes.clean.mean():.2f} %, robust {100 * outcomes.robust.mean():.2f} %"
         lines.append(f"outcomes of {len(outcomes.clean):,} images agree with the card: {accuracies}")
-        digest = card["figures"].get("model_digest")
-        if digest:
-            found_digest = evaluation.load_model(folder).digest
-            right &= digest == found_digest
-            lines.append(_agreement("model.keras", digest, found_digest))
     lines.append("adversarial images are not published with a model: evaluate it to score some")
     return lines, right
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -137,17 +138,21 @@ def export_model(run: config.Run, splits: Splits, defense: Defense) -> Path:
         versions=evaluation.versions(),
         reject=reject,
     )
-    version = export.save(
-        defense,
-        Path(run.export.dir or run_dir / "saved_model"),
-        labels=splits.labels,
-        version=run.export.version,
-        card=card,
-        reject=reject,
-        diagnostics=run.export.diagnostics,
-    )
-    if run.export.dir:
-        export.publish(defense, version, run_dir / ADVERSARIAL)
+    folder = Path(run.export.dir or run_dir / "saved_model")
+    with contextlib.ExitStack() as stack:
+        if run.export.dir:
+            digest = stack.enter_context(export.published(defense, folder, run_dir / ADVERSARIAL))
+            card["figures"]["model_digest"] = digest  # the same weights as in the run's file, without the optimizer's
+        version = export.save(
+            defense,
+            folder,
+            labels=splits.labels,
+            version=run.export.version,
+            card=card,
+            reject=reject,
+            diagnostics=run.export.diagnostics,
+        )
+    export.write_bundle(folder)
     return version
 
 

@@ -8,7 +8,7 @@ from typing import Optional, Union
 import keras
 from keras.src.saving.serialization_lib import SafeModeScope
 
-from kerasdefense import config
+from kerasdefense import config, integrity
 from kerasdefense.backbones import head
 from kerasdefense.backbones.blocks import ImageShape
 from kerasdefense.layers import Logits
@@ -109,13 +109,14 @@ def read(path: Union[str, Path]) -> keras.Model:
     Python code in the file is not run; custom layers must be registered with Keras.
 
     Raises:
-        InputError: if there is none, or Keras cannot load it.
+        InputError: if there is none, Keras cannot load it, or it is not what the card of its folder was written of.
     """
     file = Path(path).expanduser()
     if not file.exists():
         raise InputError("no such file or folder")
     if (file / _PUBLISHED).is_file():
         file = file / _PUBLISHED
+    integrity.check(file)
     try:
         with SafeModeScope(True):  # the safe_mode of load_model holds for .keras only
             return keras.models.load_model(file, compile=False)

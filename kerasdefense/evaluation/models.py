@@ -10,6 +10,7 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 import keras
 import tensorflow as tf
 
+from kerasdefense import integrity
 from kerasdefense.backbones.head import layer_of, weights, without_softmax
 from kerasdefense.backbones.own import as_backbone, read
 from kerasdefense.defenses.axes import axis_paths
@@ -99,7 +100,8 @@ def load_model(path: Union[str, Path], *, outputs: str = "logits") -> Loaded:
         outputs: as in `as_paths`.
 
     Raises:
-        InputError: if there is no such model, or it is no classifier of float images.
+        InputError: if there is no such model, it is no classifier of float images, or a file is not the one that the
+            card of the model was written of.
     """
     interfaces.check_outputs(outputs)
     path = Path(path).expanduser()
@@ -243,6 +245,7 @@ def _kernels(model: keras.Model) -> list[tf.Variable]:
 
 def _of_saved_model(folder: Path, outputs: str) -> Loaded:
     """Return a SavedModel by its serving signature, whatever it was made with."""
+    integrity.check(folder)
     try:
         saved = tf.saved_model.load(str(folder))
     except Exception as error:

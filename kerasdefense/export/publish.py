@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 
 from kerasdefense.defenses import Defense, as_kept
+from kerasdefense.export.bundle import write_bundle
 from kerasdefense.export.card import about, check_card, figures
-from kerasdefense.export.saved_model import CARD
+from kerasdefense.export.saved_model import versions_of
 from kerasdefense.files import replacing, write_json
+from kerasdefense.integrity import CARD, MODEL, OUTCOMES, sha256
 from kerasdefense.types import InputError
 
-MODEL, OUTCOMES = "model.keras", "outcomes.npz"
 
+@contextlib.contextmanager
+def published(defense: Defense, folder: Path, adversarial: Optional[Path]) -> Iterator[str]:
+    """Put the Keras model without optimizer slots and every image's outcomes into a folder, when the block ends well.
 
-def publish(defense: Defense, version: Path, adversarial: Path) -> None:
-    """Put beside an exported version its Keras model without optimizer slots, its card, and every image's outcomes.
+    In the block the version that belongs to them is written, which so is whole before they take their names.
 
     Args:
-        defense: what was exported.
-        version: the version's folder, `<name>/<version>`.
-        adversarial: the evaluation's .npz file; its images stay where they are.
+        defense: what is published.
+        folder: the model's folder.
+        adversarial: the evaluation's .npz file, whose images stay where they are; None = outcomes stay as they are.
+
+    Yields:
+        The SHA-256 of `model.keras`, for the card.
     """
-    folder = version.parent
-    with replacing(folder / MODEL) as temporary:
-        as_kept(defense, optimizer=False).save(temporary)
-        _compress(temporary)
-    _write_outcomes(folder, adversarial)
-    card = json.loads((version / CARD).read_text(encoding="utf-8"))
-    if card["figures"]:  # of the run's file, which has the same weights and the optimizer's besides
-        card["figures"]["model_digest"] = hashlib.sha256((folder / MODEL).read_bytes()).hexdigest()
-    for path in (version / CARD, folder / CARD):
-        write_json(path, card)
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(replacing(folder / MODEL))
+        as_kept(defense, optimizer=False).save(model)
+        _compress(model)
+        if adversarial is not None:
+            _store_outcomes(stack.enter_context(replacing(folder / OUTCOMES)), adversarial)
+        yield sha256(model)
 
 
 def _compress(path: Path) -> None:
@@ -61,15 +64,16 @@ def publish_figures(folder: Path, results: Mapping[str, Any], adversarial: Path)
         InputError: figures that are incomplete, of another model or of another data set than the card's.
     """
     _check_match(folder, results)
-    cards = [folder / CARD, *(path / CARD for path in sorted(folder.iterdir()) if path.name.isdecimal())]
-    for path in cards:
+    for path in (folder / str(number) / CARD for number in versions_of(folder)):
         card = json.loads(path.read_text(encoding="utf-8"))
         budget = results["attack_budget"]
         card["figures"] = figures({**results, "attack_budget": 0 if budget is None else budget})
         card["about"] = about(card["defense"]["name"], card["figures"])
         check_card(card)
         write_json(path, card)
-    _write_outcomes(folder, adversarial)
+    with replacing(folder / OUTCOMES) as temporary:
+        _store_outcomes(temporary, adversarial)
+    write_bundle(folder)
 
 
 def _check_match(folder: Path, results: Mapping[str, Any]) -> None:
@@ -82,8 +86,7 @@ def _check_match(folder: Path, results: Mapping[str, Any]) -> None:
         raise InputError(f"the model was evaluated on {evaluated}, but its card is of {described}")
 
 
-def _write_outcomes(folder: Path, adversarial: Path) -> None:
+def _store_outcomes(path: Path, adversarial: Path) -> None:
     with np.load(adversarial) as found:
         outcomes = {name: found[name] for name in found.files if not name.startswith("image_adv")}
-    with replacing(folder / OUTCOMES) as temporary:
-        np.savez_compressed(temporary, **outcomes)
+    np.savez_compressed(path, **outcomes)

@@ -24,9 +24,10 @@ from kerasdefense.export.signatures import (
     serving_module,
 )
 from kerasdefense.files import replacing, write_error, write_json
+from kerasdefense.integrity import CARD, digests
 from kerasdefense.types import InputError, UsageError
 
-CARD, LABELS, DENOISER = "card.json", "labels.txt", "denoiser.keras"
+LABELS, DENOISER = "labels.txt", "denoiser.keras"
 TOLERANCE = 1e-5
 
 
@@ -79,16 +80,14 @@ def save(
     return path
 
 
-def digests(version: Path) -> dict[str, str]:
-    """Return `{path relative to the version's folder: SHA-256}` of every file in it but the card."""
-    files = sorted(file for file in version.rglob("*") if file.is_file() and file != version / CARD)
-    names = [file.relative_to(version).as_posix() for file in files]
-    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in zip(names, files)}
+def versions_of(folder: Path) -> list[int]:
+    """Return the numbers of the versions in a model's folder, ascending."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
 
 
 def _version(folder: Path, version: int) -> int:
     """Return the number to write, `version` or for 0 the next one."""
-    numbers = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+    numbers = versions_of(folder)
     free = max(numbers, default=0) + 1
     if version < 0:
         raise UsageError(f"a version is a number from 1 on, or 0 for the next one, not {version}")
