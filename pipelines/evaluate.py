@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import tensorflow as tf
-from kerasdefense.data.examples import split_folders
 from rich.console import Console
 
 from kerasdefense import assess, config, data, evaluation, flags
 from kerasdefense.boundary import guarded
 from kerasdefense.data import Splits
+from kerasdefense.data.examples import split_folders
 from kerasdefense.evaluation import Loaded, preprocessing
 from kerasdefense.evaluation.robustness import Course, first_block
 from kerasdefense.types import InputError, UsageError
@@ -100,16 +100,15 @@ def _task(run: config.Run, splits: Splits, course: Course, workers: Workers) -> 
     )
 
 
-def work_line(work: dict[str, Any], images: int, workers: str) -> str:
-    """Return what to print of the work: how fast it went, and what it took before."""
+def work_line(work: dict[str, Any], images: int) -> str:
+    """Return what to print of the work on so many images: how fast it went, and what it took before."""
     if not work["attacked"]:
         return f"attacks: all {work['blocks']} blocks were there already"
     share = images * work["attacked"] / work["blocks"]
-    speed = f"{share / max(work['seconds'], 1e-9):.1f} images/s in {work['seconds']:.1f} s"
-    before = (
-        f"; {work['blocks'] - work['attacked']} blocks were there already" if work["attacked"] < work["blocks"] else ""
-    )
-    return f"attacks: {workers}: {speed}, after {work['start_up']:.1f} s of start-up{before}"
+    line = f"attacks: {share / max(work['seconds'], 1e-9):.1f} images/s, {work['seconds']:.1f} s in workers"
+    line += f" after {work['start_up']:.1f} s of start-up"
+    rest = work["blocks"] - work["attacked"]
+    return f"{line}; {rest} of {work['blocks']} blocks were there already" if rest else line
 
 
 def check_keyed(files: Sequence[str]) -> None:
@@ -168,7 +167,7 @@ def main(arguments: Sequence[str]) -> int:
     found = evaluate(run, splits, model, files, workers)
     assess.show(found.results, f"{model.name} on {splits.name}", console)
     images = found.results["clean_accuracy"]["n"]
-    console.print(work_line(found.work, images, " ".join(of_beam)), markup=False, highlight=False, soft_wrap=True)
+    console.print(work_line(found.work, images), markup=False, highlight=False, soft_wrap=True)
     console.print(Path(run.run_dir) / assess.REPORT, highlight=False, soft_wrap=True)
     return 0
 

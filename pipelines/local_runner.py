@@ -16,15 +16,20 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Optional
 
 from absl import logging as absl_logging
 from rich.console import Console
+from tfx.orchestration.local.local_dag_runner import LocalDagRunner
 
-from kerasdefense import config, flags
+from kerasdefense import config, data, flags
 from kerasdefense.boundary import guarded
 from pipelines import jobs, lineage
+from pipelines.artifacts import Images, images_in
 from pipelines.evaluate import of_package
+from pipelines.examples import write_examples
 from pipelines.gate import check_gate
+from pipelines.pipeline import Places, create_pipeline
 
 METADATA, EXAMPLES, PUSHED, STATE = "metadata.sqlite", "examples", "pushed", "state"
 NOT_BLESSED = 3
@@ -47,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the pipeline, print what became of the model, and return the exit code."""
     own, rest = _parser().parse_known_args(arguments)
     ours, rest = of_package(rest)
-    beam_arguments = jobs.beam_arguments(rest)
+    beam_arguments = jobs.beam_arguments(rest) if rest else []  # else each component's own choice
     run = flags.parse([*ours, "--mode=all"])
     root = Path(own.root or f"runs/{run.data.name}/pipeline").expanduser().resolve()
     console = Console()
@@ -58,23 +63,28 @@ def main(arguments: Sequence[str]) -> int:
     check_gate(run)
     if flags.verbosity(arguments) < 1:
         be_quiet()
-    images = examples_of(run, own.examples or str(root / EXAMPLES), may_write=not own.examples)
-    push = str(Path(own.push_dir).expanduser().resolve()) if own.push_dir else str(root / PUSHED)
-    return execute(run, images, root, push, beam_arguments, console)
+    examples = Path(own.examples or root / EXAMPLES).expanduser().resolve()
+    if not own.examples:
+        write_examples(data.load(run.data), examples)
+    push = Path(own.push_dir or root / PUSHED).expanduser().resolve()
+    places = Places(str(root / "artifacts"), str(push), str(root / STATE))
+    pushed, verdict = execute(run, images_in(examples), places, root / METADATA, beam_arguments)
+    console.print(verdict, markup=False, highlight=False, soft_wrap=True)
+    if pushed is None:
+        return NOT_BLESSED
+    console.print(f"pushed: {pushed}", markup=False, highlight=False, soft_wrap=True)
+    return 0
 
 
 def execute(
     run: config.Run, images: Images, places: Places, metadata_path: Path, beam_arguments: Sequence[str]
 ) -> tuple[Optional[str], str]:
     """Run the pipeline in this process; return where it pushed the model, None where it did not, and why."""
-    name = Path(places.root).parent.name
+    name = "-".join(metadata_path.parent.parts[-2:])
     given = {"beam_arguments": beam_arguments, "metadata_path": str(metadata_path)}
+    del sys.argv[1:]  # TFX's executors read them as flags of their own, and would miss files that ours include
     LocalDagRunner().run(create_pipeline(name, run, images, places, **given))
     return lineage.outcome(lineage.open_store(metadata_path))
-
-
-def examples_of(run: config.Run, folder: str) -> Images:
-    """Return the examples in a folder, written from the run's data set where they are not there yet."""
 
 
 def be_quiet() -> None:

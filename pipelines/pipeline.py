@@ -17,31 +17,13 @@ from tfx.proto import example_gen_pb2, pusher_pb2, trainer_pb2
 from tfx.types import Channel, standard_artifacts
 
 from kerasdefense import config, flags
+from pipelines.artifacts import Images
 from pipelines.components.example_validator import ImageExampleValidator
 from pipelines.components.robustness_evaluator import RobustnessEvaluator
 from pipelines.gate import check_gate
 
 TRAINER = "pipelines.trainer_module.run_fn"
 LABEL, PROBABILITIES, SIGNATURE = "label", "probabilities", "examples"
-
-
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """The examples that a pipeline starts from, and what is known of them.
-
-    Attributes:
-        folder: what `python -m pipelines.examples` wrote.
-        splits: the folders in it.
-        name: of the data set.
-        labels: class names, in label order.
-        shape: (height, width, channels).
-    """
-
-    folder: str
-    splits: tuple[str, ...]
-    name: str
-    labels: tuple[str, ...]
-    shape: tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,11 +139,12 @@ def create_pipeline(
 
 
 def eval_config(gate: config.Gate) -> tfma.EvalConfig:
-    """Return what TFX's Evaluator measures: accuracy over all images and by class, by the served signature."""
+    """Return what TFX's Evaluator measures: accuracy over all images, which has a bound, and by class."""
     bound = tfma.GenericValueThreshold(lower_bound={"value": gate.clean_accuracy})
-    accuracy = tfma.MetricConfig(
-        class_name="SparseCategoricalAccuracy", threshold=tfma.MetricThreshold(value_threshold=bound)
+    overall = tfma.PerSliceMetricThreshold(
+        slicing_specs=[tfma.SlicingSpec()], threshold=tfma.MetricThreshold(value_threshold=bound)
     )
+    accuracy = tfma.MetricConfig(class_name="SparseCategoricalAccuracy", per_slice_thresholds=[overall])
     return tfma.EvalConfig(
         model_specs=[tfma.ModelSpec(signature_name=SIGNATURE, label_key=LABEL, prediction_key=PROBABILITIES)],
         slicing_specs=[tfma.SlicingSpec(), tfma.SlicingSpec(feature_keys=[LABEL])],

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Optional
 
 import tensorflow as tf
-from kerasdefense.data.examples import split_folders
 from rich.console import Console
 from tfx import types
 from tfx.components.evaluator import constants
@@ -20,6 +19,7 @@ from tfx.types.component_spec import ChannelParameter, ComponentSpec, ExecutionP
 
 from kerasdefense import assess, config, evaluation, flags
 from kerasdefense.data import Splits
+from kerasdefense.data.examples import split_folders
 from kerasdefense.evaluation import read_outcomes, read_results
 from kerasdefense.evaluation.recorded import Outcomes
 from kerasdefense.files import write_json
@@ -142,10 +142,17 @@ class Executor(base_beam_executor.BaseBeamExecutor):
         run = dataclasses.replace(run, run_dir=str(run_dir), evaluate=wanted, progress=False)
         files = [f"{split_folders(root)['eval']}/*"]
         check_keyed(files)
-        threads = exec_properties["threads"] if jobs.is_multi_processing(self._beam_pipeline_args) else 0
-        found = evaluate(run, splits, model, files, Workers(self._make_beam_pipeline, threads, shards))
-        print(work_line(found.work, found.results["clean_accuracy"]["n"], " ".join(self._beam_pipeline_args)))
+        found = evaluate(run, splits, model, files, self._workers(shards, exec_properties["threads"]))
+        print(work_line(found.work, found.results["clean_accuracy"]["n"]))
         return Measured(found.results, read_outcomes(run_dir), run_dir, shards)
+
+    def _workers(self, shards: str, threads: int) -> Workers:
+        """Return the workers that Beam's options ask for; without any, processes of this machine."""
+        if self._beam_pipeline_args:
+            is_local = jobs.is_multi_processing(self._beam_pipeline_args)
+            return Workers(self._make_beam_pipeline, threads if is_local else 0, shards)
+        arguments = jobs.beam_arguments([])
+        return Workers(lambda: jobs.make_pipeline(arguments), threads, shards)
 
 
 class RobustnessEvaluator(base_beam_component.BaseBeamComponent):
