@@ -28,6 +28,7 @@ IMPORTERS = {
     "tfx": ("pipelines/", "tests/"),
     "pipelines": ("pipelines/", "tests/"),
     "kerasdefense.run": ("kerasdefense/run.py", "kerasdefense/demo.py", "tests/"),
+    **dict.fromkeys(("tensorflow_serving", "grpc", "requests", "urllib3"), ("kerasdefense/serving/", "tests/")),
     "torch": (),
 }
 
