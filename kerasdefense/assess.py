@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 from rich.console import Console
 
-from kerasdefense import config, data, evaluation, export, recognition
+from kerasdefense import config, data, endpoint, evaluation, export, recognition
 from kerasdefense.attacks import norms
 from kerasdefense.data import Split, Splits
 from kerasdefense.evaluation import (
@@ -106,6 +106,7 @@ def assess(
         features=model.features,
         class_activation=model.class_activation,
         look_outside=wanted.unseen,
+        queries=wanted.endpoint_queries if model.endpoint else 0,
         save=run_dir / ADVERSARIAL,
         save_outside=outside,
         ahead=ahead,
@@ -118,6 +119,7 @@ def assess(
         "open_set": recognised,
         **_figures(run, splits, model, threat_model, is_randomised=results["flags"]["randomised"]),
         "attack_budget": model.attack_budget,
+        "endpoint": None if model.endpoint is None else model.endpoint(),
         "suite": wanted.suite,
         "note": note(results, wanted.suite),
         "config": _config(run),
@@ -165,7 +167,7 @@ def _figures(
 def _config(run: config.Run) -> dict[str, Any]:
     """Return the configuration; of a model from elsewhere, only what concerns its evaluation."""
     settings = dataclasses.asdict(run)
-    if not run.evaluate.model:
+    if not run.evaluate.model and not run.evaluate.endpoint:
         return settings
     return {name: settings[name] for name in ("mode", "run_dir", "strict", "data", "evaluate", "detector")}
 
@@ -274,9 +276,17 @@ def verify(folder: Path, data_dir: str) -> tuple[list[str], bool]:
         return _verify_published(folder)
     results = evaluation.read_results(folder)
     wanted = results["config"]["evaluate"]
+    if wanted.get("endpoint"):
+        with endpoint.opened(wanted["endpoint"]) as model:
+            return _verify_run(folder, results, model, data_dir)
     model = evaluation.load_model(_model_path(folder, results), outputs=wanted["outputs"])
     if wanted.get("preprocessor"):
         model = preprocessing.preprocessed(model, preprocessing.preprocessor(wanted["preprocessor"]))
+    return _verify_run(folder, results, model, data_dir)
+
+
+def _verify_run(folder: Path, results: Mapping[str, Any], model: Loaded, data_dir: str) -> tuple[list[str], bool]:
+    """Check a run directory against the model that it says to be of."""
     checks = [
         ("model", results["model"]["digest"], model.digest),
         (ADVERSARIAL, results["adversarial_sha256"], of_file(folder / ADVERSARIAL)),

@@ -333,6 +333,14 @@ class Evaluate:
         "",
         "evaluate this model instead of the run's: a .keras or .h5 file, a SavedModel folder, or a published folder",
     )
+    endpoint: str = _field(
+        "",
+        "attack the model that a server serves, from outside, instead: grpc://host:port or http://host:port, each "
+        "perhaps with /model; with --evaluate_suite=blackbox",
+    )
+    endpoint_queries: int = _field(
+        1000, "passes that each attack may spend on an image of an endpoint, its scoring aside", low=10
+    )
     outputs: str = _field(
         "logits",
         "what --evaluate_model returns; probabilities are turned into logits, where its last layer allows exactly",

@@ -202,6 +202,9 @@ def _default_name(run: config.Run) -> str:
     """Return where under runs/ a run goes whose flags name no file and no directory."""
     if run.mode in _OF_RUNS:
         return run.mode
+    if run.mode == "evaluate" and run.evaluate.endpoint:
+        name = run.evaluate.endpoint.partition("://")[2].partition("/")[2].strip("/")
+        return f"evaluated/{name or 'endpoint'}"
     if run.mode == "evaluate" and run.evaluate.model:
         path = Path(run.evaluate.model).expanduser().resolve()
         place = path.parent if path.suffix or path.name.isdecimal() else path

@@ -15,7 +15,7 @@ import keras
 import tensorflow as tf
 from rich.console import Console
 
-from kerasdefense import assess, config, data, evaluation, export, flags, recognition, training
+from kerasdefense import assess, config, data, endpoint, evaluation, export, flags, recognition, training
 from kerasdefense.assess import ADVERSARIAL, RESULTS
 from kerasdefense.boundary import first_line, guarded
 from kerasdefense.data import Splits
@@ -97,7 +97,10 @@ def _check_draws(run: config.Run) -> None:
 
 
 def evaluate(run: config.Run, splits: Splits, console: Console) -> dict[str, Any]:
-    """Measure the run's model, or the one that --evaluate_model names, print what was found and return it."""
+    """Measure the run's model, or the one that flags name or serve, print what was found and return it."""
+    if run.evaluate.endpoint:
+        with endpoint.opened(run.evaluate.endpoint) as model:
+            return _measure(run, splits, model, console)
     if run.evaluate.model and run.mode != "evaluate":
         raise UsageError(f"--evaluate_model goes with --mode=evaluate, not with --mode={run.mode}")
     if run.evaluate.card:
@@ -111,11 +114,17 @@ def evaluate(run: config.Run, splits: Splits, console: Console) -> dict[str, Any
         given = preprocessing.preprocessor(run.evaluate.preprocessor)
         preprocessing.check_preprocessor(given, first_images(splits.test.batches(_FEW), _FEW).image)
         model = preprocessing.preprocessed(model, given)
+    results = _measure(run, splits, model, console)
+    if run.evaluate.card:
+        export.publish_figures(folder, results, Path(run.run_dir) / assess.ADVERSARIAL)
+    return results
+
+
+def _measure(run: config.Run, splits: Splits, model: evaluation.Loaded, console: Console) -> dict[str, Any]:
+    """Measure a model, print what was found and return it."""
     results = assess.assess(run, splits, model)
     assess.show(results, f"{model.name} on {splits.name}", console)
     console.print(Path(run.run_dir) / assess.REPORT, highlight=False, soft_wrap=True)
-    if run.evaluate.card:
-        export.publish_figures(folder, results, Path(run.run_dir) / assess.ADVERSARIAL)
     return results
 
 
@@ -238,6 +247,8 @@ def execute(run: config.Run, console: Console) -> int:
         return 0
     if run.mode == "verify":
         return verify(run, console)
+    if run.mode in ("all", "evaluate"):
+        endpoint.check(run)
     trains = run.mode in ("all", "train")
     if trains:  # several workers must find each other before anything else is done
         strategy = training.make_strategy(run.train)
@@ -260,12 +271,13 @@ def execute(run: config.Run, console: Console) -> int:
 
 def measure_and_export(run: config.Run, splits: Splits, console: Console) -> int:
     """Evaluate and export what is trained, as the mode says, and return the exit code."""
-    foreign = run.mode == "evaluate" and bool(run.evaluate.model)
+    foreign = run.mode == "evaluate" and bool(run.evaluate.model or run.evaluate.endpoint)
     defense = None if foreign else load_defense(run, splits)
     trusted = True
     if run.mode in ("all", "evaluate"):
         results = evaluate(run, splits, console)
-        trusted = results["trusted"] and bool(results["sanity"])  # what was not checked is not trusted either
+        checked = bool(results["sanity"]) and not run.evaluate.endpoint
+        trusted = results["trusted"] and checked  # what was not checked is not trusted either
     if defense is not None and run.mode in ("all", "export"):
         version = export_model(run, splits, defense)
         console.print(load_lines(run, version), markup=False, highlight=False, soft_wrap=True)

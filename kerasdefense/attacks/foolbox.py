@@ -5,6 +5,7 @@ foolbox is an optional extra: this module imports without it, and so do the atta
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import warnings
@@ -23,6 +24,8 @@ _NOBODY = -1
 """A label that no image is given: what has it counts as fooled from the start."""
 _BEYOND = 1.01
 """How much further than to the boundary a perturbation goes."""
+_AROUND = 2
+"""Passes before and after a walk, which look at what it begins with and what it found."""
 _NOISES, _BLENDS = 50, 20
 """Noise images tried for a starting point, and degrees of blending one in."""
 
@@ -51,6 +54,36 @@ class _Counted:
     def __call__(self, image: tf.Tensor) -> tf.Tensor:
         self.passes += 1
         return self._logits_fn(image)
+
+
+class _Spent(Exception):  # noqa: N818 - nothing went wrong
+    """There are no passes left, or nothing is left to look for."""
+
+
+class _Nearest:
+    """A classifier for so many passes, which keeps the nearest image that fools of those that it was asked about.
+
+    Attributes:
+        found: float32 [batch, h, w, c]; the image itself where none fooled.
+    """
+
+    def __init__(
+        self, logits_fn: LogitsFn, image: tf.Tensor, label: tf.Tensor, *, norm: str, epsilon: float, passes: int
+    ) -> None:
+        self._logits_fn, self._image, self._label = logits_fn, image, label
+        self._norm, self._epsilon, self._left = norm, epsilon, passes
+        self.found = image
+        self._length = tf.fill(tf.shape(label), float("inf"))
+
+    def __call__(self, image: tf.Tensor) -> tf.Tensor:
+        if not self._left or bool(tf.reduce_all(self._length <= self._epsilon)):
+            raise _Spent
+        self._left -= 1
+        logits = self._logits_fn(image)
+        length = norms.length(image - self._image, self._norm)
+        nearer = _fooled(logits, self._label) & (length < self._length)
+        self.found, self._length = where(nearer, image, self.found), tf.where(nearer, length, self._length)
+        return logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +199,8 @@ class FoolboxHopSkipJump(_FoolboxDecisionAttack):
 
     Attributes:
         directions: random directions in the first estimate; their number grows with the root of the step.
+        queries: passes through the model at most, of which the nearest image that fooled is the result, and none once
+            all images fool within the ball; 0 = as many as the steps take.
 
     Source: Chen et al. 2020. Deviations: foolbox scales an estimated gradient by its length over the whole batch, so
     that steps in l2 are the shorter the larger the batch is.
@@ -173,12 +208,25 @@ class FoolboxHopSkipJump(_FoolboxDecisionAttack):
 
     steps: int = 32
     directions: int = 100
+    queries: int = 0
 
     def __post_init__(self) -> None:
         """Check the search."""
         super().__post_init__()
         if self.directions < 1:
             raise UsageError(f"directions must be at least 1, not {self.directions}")
+        if self.queries < 0 or 0 < self.queries <= _AROUND:
+            raise UsageError(f"queries must be 0 or above {_AROUND}, not {self.queries}")
+
+    def perturb(self, logits_fn: LogitsFn, image: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
+        """Call foolbox, and go a little past the boundary; with a limit on queries, from the nearest image known."""
+        if not self.queries:
+            return super().perturb(logits_fn, image, label)
+        passes = self.queries - _AROUND
+        nearest = _Nearest(logits_fn, image, label, norm=self.norm, epsilon=self.epsilon, passes=passes)
+        with contextlib.suppress(_Spent):
+            self.minimise(_import_foolbox().TensorFlowModel(nearest, bounds=(0, 1), device=image.device), image, label)
+        return nearest.found
 
     def walk(self, attacks: Any) -> Any:
         """Return foolbox's attack."""

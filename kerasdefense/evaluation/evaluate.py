@@ -29,6 +29,7 @@ from kerasdefense.evaluation.suites import (
     PlannedAttack,
     Suite,
     ThreatModel,
+    blind,
 )
 from kerasdefense.evaluation.unseen import unseen
 from kerasdefense.types import InputError, PathFn, UsageError, look_up
@@ -55,6 +56,7 @@ def evaluate(
     features: Optional[Callable[[tf.Tensor], tf.Tensor]] = None,
     class_activation: Optional[Callable[[tf.Tensor], tf.Tensor]] = None,
     look_outside: bool = False,
+    queries: int = 0,
     save: Optional[Path] = None,
     save_outside: Optional[Path] = None,
     ahead: Optional[Callable[[Course], None]] = None,
@@ -80,6 +82,8 @@ def evaluate(
         class_activation: `class_activation(image) -> [n, h, w, c]`, the class activation features of the path `exact`;
             for attacks that go away from those of the clean image, which do not run without.
         look_outside: measure accuracy on corrupted images and after StAdv too.
+        queries: of a model that gives no gradient: passes that each attack may spend on an image, its scoring aside; a
+            suite with attacks that need one is refused, and so is a model that draws at random. 0 = it gives one.
         save: .npz file that receives, per example, the worst image found and every outcome.
         save_outside: .npz file that receives, per example, what `look_outside` measures.
         ahead: called with the attacks, before any runs here; it may put blocks of images that were attacked elsewhere
@@ -106,7 +110,10 @@ def evaluate(
     chosen = _chosen(suite, threat_model, classes)
     has_protocol = is_random and chosen.on_random != AVERAGED
     asked: dict[str, Any] = {"long_examples": long_examples, "few": chosen.on_random == FEW}
-    if has_protocol:
+    left_out: tuple[str, ...] = ()
+    if queries:
+        plan, left_out = _blind_plan(chosen.plan(*threat_model, classes), queries, is_random=is_random)
+    elif has_protocol:
         plan = randomised.plan(*threat_model, classes, paths=tuple(attack_paths), **asked)
     else:
         plan = chosen.plan(*threat_model, classes)
@@ -121,15 +128,16 @@ def evaluate(
         told = {"features": features, "class_activation": class_activation}
         measured = measure(attack_paths, dataset, plan, options, **told, save=save, ahead=ahead)
         results = summary(measured, threat_model)
-        skipped = _skipped(plan, attack_paths, told)
+        skipped = [*_skipped(plan, attack_paths, told), *left_out]
         results["flags"] = {**flags, "randomised": is_random, "classes": classes, "skipped": skipped}
+        results["flags"] |= {"queries": queries} if queries else {}
         size = min(RANDOM_SANITY_EXAMPLES, sanity_examples) if is_random else sanity_examples
         size = min(size, options.examples or size)
         if size and measured.complete:
             subject = Subject(attack_paths, first_images(dataset, size), threat_model, classes, options, features)
             radii = Radii(subject, draws=EOT_DRAWS if is_random else 1)
-            results["curve"] = security_curve(radii)
-            results["sanity"] = battery(radii, chosen.checks, measured)
+            results["curve"] = [] if queries else security_curve(radii)
+            results["sanity"] = battery(radii, chosen.checks, measured, has_gradient=not queries)
         if look_outside and measured.complete:
             chunk = first_images(dataset, min(long_examples or options.examples, options.examples or long_examples))
             outside = unseen(Subject(attack_paths, chunk, threat_model, classes, options, features))
@@ -148,6 +156,17 @@ def shaped(attack_paths: Mapping[str, PathFn], few: Chunk, options: Options) -> 
     """Return paths that say of how many classes their logits are, checked on a few images, and that number."""
     classes = check_paths(attack_paths, few, options)
     return {name: _with_classes(path, classes) for name, path in attack_paths.items()}, classes
+
+
+def _blind_plan(
+    plan: Sequence[PlannedAttack], queries: int, *, is_random: bool
+) -> tuple[tuple[PlannedAttack, ...], tuple[str, ...]]:
+    """Return a plan for a model that gives no gradient, and the names of what is left out of it."""
+    if is_random:
+        raise InputError("the model draws at random, and its protocol needs gradients: evaluate the model itself")
+    limited = blind(plan, queries)
+    kept = {planned.name for planned in limited}
+    return limited, tuple(planned.name for planned in plan if planned.name not in kept)
 
 
 def check_paths(attack_paths: Mapping[str, PathFn], few: Chunk, options: Options) -> int:

@@ -44,6 +44,8 @@ class Loaded(NamedTuple):
         internals: `internals(batch, image_adv, attack, seed) -> {name: [n]}` of a defense that tells of its inside.
         threat_model: norm and radius of a defense's own attack.
         attack_budget: input gradients that a defense's training spent on an image.
+        endpoint: of a model that a server answers for, what is known of it, and how many images it was sent so far. It
+            gives no gradient.
     """
 
     attack_paths: Mapping[str, PathFn]
@@ -60,6 +62,7 @@ class Loaded(NamedTuple):
     internals: Optional[Callable[..., Mapping[str, tf.Tensor]]] = None
     threat_model: Optional[ThreatModel] = None
     attack_budget: Optional[int] = None
+    endpoint: Optional[Callable[[], dict[str, Any]]] = None
 
     @property
     def features(self) -> Optional[LogitsFn]:

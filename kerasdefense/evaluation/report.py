@@ -247,9 +247,15 @@ def note(results: Mapping[str, Any], suite: str) -> str:
         words.insert(0, f"Preliminary, fewer than {AUTOATTACK_IMAGES} images.")
     if not results["complete"]:
         words.insert(0, "Upper bound: the time was up before all attacks were through.")
-    skipped = results["flags"].get("skipped")
+    skipped, queries = results["flags"].get("skipped"), results["flags"].get("queries")
+    if queries:
+        words.append(
+            f"The model was only asked for answers, at most {queries} by each attack on an image: no attack followed "
+            "its gradient and most of the sanity battery could not run, so true robustness may be far lower."
+        )
     if skipped:
-        words.append(f"For want of surrogates or features, {' and '.join(skipped)} did not run.")
+        why = "surrogates or of a limit on queries" if queries else "surrogates or features"
+        words.append(f"For want of {why}, {' and '.join(skipped)} did not run.")
     failed = [item["id"] for item in results["sanity"] if item["gates"] and item["status"] == "fail"]
     if failed:
         words.insert(0, f"Not to be trusted: {', '.join(failed)} of the sanity battery failed.")

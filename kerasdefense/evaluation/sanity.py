@@ -26,9 +26,11 @@ from kerasdefense.evaluation.probes import (
 )
 from kerasdefense.evaluation.report import accuracy_interval
 from kerasdefense.evaluation.robustness import Measured
-from kerasdefense.evaluation.suites import EOT_DRAWS, SURROGATE, PlannedAttack
+from kerasdefense.evaluation.suites import BLIND, EOT_DRAWS, SURROGATE, PlannedAttack
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not_run"
+_GRADIENT_FREE = ("S11", "S13", "S15")
+"""Items that need no gradient of the model."""
 REPORTED = ("S12", "S15")
 """Items that are reported and do not gate."""
 LEVELS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 255)
@@ -256,7 +258,7 @@ class Battery:
     def _is_blind(self) -> list[bool]:
         """Whether each search sees no gradient of the model."""
         searches = self.measured.searches
-        return [search.path_name.startswith(SURROGATE) or search.planned.name in _BLIND for search in searches]
+        return [search.path_name.startswith(SURROGATE) or search.planned.name in BLIND for search in searches]
 
     def _blind_only(self) -> Optional[np.ndarray]:
         """Return which images only attacks without the model's gradients broke, bool [n]; None if there were none."""
@@ -267,25 +269,29 @@ class Battery:
         return outcomes.clean & seeing & ~outcomes.survived[:, np.array(blind)].all(axis=1)
 
 
-_BLIND = ("square", "noise", "spsa", "hop_skip_jump")
-
-
-def battery(radii: Radii, asked: Sequence[str], measured: Measured) -> list[dict[str, Any]]:
+def battery(
+    radii: Radii, asked: Sequence[str], measured: Measured, *, has_gradient: bool = True
+) -> list[dict[str, Any]]:
     """Return all items of the battery; those that are not asked have the status `not_run`.
 
     Args:
         radii: the images on which items are measured, at any radius.
         asked: ids of the items to run.
         measured: the outcomes of the suite, of which those images are the first.
+        has_gradient: whether the model gives one; without it, items that need one have that status too.
     """
     run = Battery(radii, measured)
     methods: dict[str, Callable[[], Item]] = {f"S{number}": getattr(run, f"s{number}") for number in range(1, 18)}
     items = []
     for name, method in methods.items():
         words = (method.__doc__ or "").removeprefix("Check: ").rstrip(".")
-        items.append(
-            (method() if name in asked else Item(name, words, NOT_RUN, detail="not part of the suite")).to_dict()
-        )
+        if name not in asked:
+            item = Item(name, words, NOT_RUN, detail="not part of the suite")
+        elif not has_gradient and name not in _GRADIENT_FREE:
+            item = Item(name, words, NOT_RUN, detail="the model gives no gradient")
+        else:
+            item = method()
+        items.append(item.to_dict())
     return items
 
 

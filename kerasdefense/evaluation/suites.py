@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Callable, NamedTuple
 
 from kerasdefense.attacks import (
@@ -15,10 +16,13 @@ from kerasdefense.attacks import (
     PGD,
     Attack,
     CarliniWagner,
+    FoolboxHopSkipJump,
+    RandomNoise,
     Square,
     has_foolbox,
 )
 from kerasdefense.defenses.purifying import OBLIVIOUS
+from kerasdefense.types import UsageError
 
 SURROGATE = "surrogate:"
 """What the names of paths begin with that are not the model's own."""
@@ -32,6 +36,8 @@ AVERAGED, FEW, PROTOCOL = "averaged", "few", "protocol"
 """What a suite does on a model that draws at random: it runs its own attacks over mean losses, or gives its place to
 few attacks for such models or to their whole protocol."""
 TARGETS = 9
+BLIND = ("square", "noise", "spsa", "hop_skip_jump")
+"""Names of attacks that see no gradient of the model, and look on no surrogate."""
 _SCALES = ("x10", "x50")
 """Scales of the logits, as the keys of OBJECTIVES have them, at which cross-entropy is attacked besides 1."""
 
@@ -266,6 +272,35 @@ def _blackbox(norm: str, epsilon: float, classes: int) -> tuple[PlannedAttack, .
         hop_skip_jump = ATTACKS["foolbox_hop_skip_jump"](norm=norm, epsilon=epsilon)
         planned.append(PlannedAttack("hop_skip_jump", hop_skip_jump, "decision", examples=100))
     return tuple(planned)
+
+
+def blind(plan: Sequence[PlannedAttack], queries: int) -> tuple[PlannedAttack, ...]:
+    """Return the attacks of a plan for a model that gives no gradient, without those that keep to no number of passes.
+
+    Args:
+        plan: the attacks.
+        queries: passes that each may spend on an image. Those that transfer spend theirs on surrogates.
+
+    Raises:
+        UsageError: an attack needs a gradient of the model.
+    """
+    limited = []
+    for planned in plan:
+        attack = planned.attack
+        if planned.transfer:
+            limited.append(planned)
+        elif isinstance(
+            attack, Square
+        ):  # one more pass than queries, the first; few of them ask for its whole schedule
+            attack = dataclasses.replace(attack, queries=queries - 1, rescale=True)
+            limited.append(planned._replace(attack=attack))
+        elif isinstance(attack, RandomNoise):
+            limited.append(planned._replace(attack=dataclasses.replace(attack, draws=min(attack.draws, queries))))
+        elif isinstance(attack, FoolboxHopSkipJump):
+            limited.append(planned._replace(attack=dataclasses.replace(attack, queries=queries)))
+        elif planned.name not in BLIND:
+            raise UsageError(f"{planned.name} needs a gradient, which this model does not give; use blackbox")
+    return tuple(limited)
 
 
 _QUICK_CHECKS = ("S1", "S3", "S5", "S6", "S10", "S11")

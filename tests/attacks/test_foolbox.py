@@ -69,6 +69,28 @@ def test_decision_attacks_need_no_gradient_and_come_nearer_than_noise(name, trai
 
 
 @WITH_FOOLBOX
+@pytest.mark.parametrize(("norm", "far"), [("linf", 1.0), ("l2", 8.0)])
+@pytest.mark.parametrize("queries", [40, 150])
+def test_hop_skip_jump_keeps_to_its_queries(norm, far, queries, trained):
+    passes = []
+
+    def decided(image):
+        passes.append(len(image))
+        return decisions_of(trained)(tf.constant(image)).numpy()
+
+    def logits_fn(image):
+        return tf.ensure_shape(tf.numpy_function(decided, [image], tf.float32), [None, 10])
+
+    image, label = trained.image[:8], trained.label[:8]
+    result = FoolboxHopSkipJump(norm, far / 1000, queries=queries)(logits_fn, image, label, SEED)
+    assert len(passes) == queries == result.queries[0]
+    np.testing.assert_array_equal(result.image, image)  # nothing so near fools
+    passes.clear()
+    result = FoolboxHopSkipJump(norm, far, queries=400)(logits_fn, image, label, SEED)
+    assert result.success.numpy().all() and len(passes) < 100  # no more is asked once all fool within the ball
+
+
+@WITH_FOOLBOX
 @EVERY
 def test_what_left_the_ball_is_given_back(name):
     attack = dataclasses.replace(QUICK[name], epsilon=1e-3, steps=2)
@@ -145,6 +167,7 @@ def test_adapter_without_an_attack_is_refused():
         (FoolboxBoundary, {"step_size": 1.0}, "step_size must be above 0 and below 1, not 1.0"),
         (FoolboxHopSkipJump, {"steps": 0}, "steps must be at least 1, not 0"),
         (FoolboxHopSkipJump, {"directions": 0}, "directions must be at least 1, not 0"),
+        (FoolboxHopSkipJump, {"queries": 2}, "queries must be 0 or above 2, not 2"),
     ],
 )
 def test_adapter_refuses_illegal_settings(kind, settings, message):
