@@ -1,0 +1,209 @@
+"""Beam evaluation: the outcomes of one process, whoever attacks, in what order and how often."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from sklearn.datasets import load_digits
+
+from kerasdefense import assess, config, data, evaluation
+from kerasdefense.evaluation import recorded
+from kerasdefense.types import InputError, UsageError
+from pipelines import blocks, jobs
+from pipelines.evaluate import SHARDS, Workers, check_keyed, evaluate, main
+from pipelines.examples import write_examples
+from pipelines.shards import Shards
+
+ROOT = Path(__file__).resolve().parents[2]
+COUNT, EPSILON = 80, 0.05
+FLAGS = (f"--evaluate_epsilon={EPSILON}", f"--evaluate_examples={COUNT}", "--evaluate_chunk_size=16")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the digits as examples, and with a small classifier that is right on most of them."""
+    root = tmp_path_factory.mktemp("beam")
+    splits = data.load(config.Data(name="digits", augment="none"))
+    write_examples(splits, root / "examples", shards=3)
+    batches = load_digits()
+    image, label = (batches.images[..., None] / 16).astype(np.float32), batches.target
+    layers = [keras.layers.Input([8, 8, 1]), keras.layers.Conv2D(4, 3, activation="relu", padding="same")]
+    layers += [keras.layers.GlobalMaxPooling2D(), keras.layers.Dense(10)]
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(layers)
+    model.compile(keras.optimizers.Adam(0.02), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(image, label, batch_size=100, epochs=12, verbose=0)
+    model.save(root / "model.keras")
+    return root
+
+
+def settings(folder, run_dir, **wanted):
+    chosen = {
+        "suite": "standard",
+        "epsilon": EPSILON,
+        "examples": COUNT,
+        "chunk_size": 16,
+        "sanity_examples": 0,
+        **wanted,
+    }
+    return config.Run(
+        mode="evaluate",
+        run_dir=str(run_dir),
+        progress=False,
+        data=config.Data(name="examples", dir=str(folder / "examples")),
+        evaluate=config.Evaluate(model=str(folder / "model.keras"), **chosen),
+    )
+
+
+def in_beam(folder, run_dir, pipeline_of=None, **wanted):
+    run = settings(folder, run_dir, **wanted)
+    splits, model = data.load(run.data), evaluation.load_model(Path(run.evaluate.model))
+    workers = Workers(pipeline_of or (lambda: jobs.make_pipeline([])), 0, str(run_dir / SHARDS))
+    return evaluate(run, splits, model, [f"{folder}/examples/eval/*"], workers)
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory):
+    """What one process finds, by a data set that was never written as examples."""
+    run = settings(folder, tmp_path_factory.mktemp("alone"))
+    run = dataclasses.replace(run, data=config.Data(name="digits", augment="none"))
+    assess.assess(run, data.load(run.data), evaluation.load_model(folder / "model.keras"))
+    return recorded.read_outcomes(Path(run.run_dir))
+
+
+def all_rows(folder):
+    files = sorted(str(path) for path in (folder / "examples/eval").iterdir())
+    return [blocks.parsed(record.numpy()) for record in tf.data.TFRecordDataset(files, "GZIP")]
+
+
+def assert_same(found, expected):
+    assert expected.clean.any() and not expected.robust.all() and expected.robust.any()
+    for name in ("index", "label", "clean", "robust"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+    assert set(found.survived) == set(expected.survived)
+    for name in expected.survived:
+        np.testing.assert_array_equal(found.survived[name], expected.survived[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def spread(folder, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("spread")
+    return run_dir, in_beam(folder, run_dir)
+
+
+def test_beam_finds_of_every_example_what_one_process_finds(spread, alone):
+    run_dir, found = spread
+    assert found.work["blocks"] == found.work["attacked"] == COUNT // 16
+    assert_same(recorded.read_outcomes(run_dir), alone)
+
+
+class Kept(Exception):  # noqa: N818 - nothing went wrong
+    """What was wanted is there."""
+
+
+def test_bundle_that_is_processed_twice_changes_no_outcome_and_no_count(folder, spread, tmp_path, monkeypatch):
+    run_dir, found = spread
+    shards = Shards(str(run_dir / SHARDS))
+    before = {number: shards.read(number) for number in range(found.work["blocks"])}
+    tasks = []
+
+    def keep(task, *_, **__):
+        tasks.append(task)
+        raise Kept
+
+    with monkeypatch.context() as patch, pytest.raises(Kept):
+        patch.setattr("pipelines.evaluate.attack_blocks", keep)
+        in_beam(folder, tmp_path)
+    worker = blocks.AttackBlocks(dataclasses.replace(tasks[0], shards=shards.folder))
+    worker.setup()
+    counts = recorded.read_outcomes(run_dir)
+    (run_dir / SHARDS / "block-00002.npz").unlink()
+    rows = [row for row in all_rows(folder) if 32 <= row.index < 48]
+    assert [number for _ in range(3) for number in worker.process((2, reversed(rows)))] == [2, 2, 2]
+    for number, arrays in before.items():
+        for name in set(arrays) - {"seconds", "began", "ended"}:
+            np.testing.assert_array_equal(shards.read(number)[name], arrays[name], err_msg=name)
+    assert in_beam(folder, run_dir).work["attacked"] == 0
+    assert_same(recorded.read_outcomes(run_dir), counts)
+
+
+def test_second_run_attacks_only_blocks_that_have_no_shard(folder, spread, alone, tmp_path):
+    run_dir, found = spread
+    shards = Shards(str(tmp_path / SHARDS))
+    copied = Shards(str(run_dir / SHARDS))
+    shards.open(json.loads((run_dir / SHARDS / "settings.json").read_text()))
+    for number in (0, 3, 4):
+        shards.write(number, copied.read(number))
+    rest = in_beam(folder, tmp_path)
+    assert (rest.work["attacked"], rest.work["blocks"]) == (2, found.work["blocks"])
+    assert_same(recorded.read_outcomes(tmp_path), alone)
+    assert in_beam(folder, tmp_path).work["attacked"] == 0
+
+
+def test_shards_of_another_evaluation_are_refused(folder, spread):
+    run_dir, _ = spread
+    with pytest.raises(InputError, match="another seed"):
+        in_beam(folder, run_dir, seed=1)
+
+
+def test_examples_without_numbers_are_refused(tmp_path):
+    with tf.io.TFRecordWriter(str(tmp_path / "a.tfrecord")) as writer:
+        writer.write(tf.train.Example().SerializeToString())
+    with pytest.raises(InputError, match=r"no feature index, .* python -m pipelines.examples writes it"):
+        check_keyed([f"{tmp_path}/*"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--direct_num_wokers=2"], "unknown flag --direct_num_wokers; did you mean --direct_num_workers?"),
+        (["--evaluate_sweet=quick"], "unknown flag --evaluate_sweet"),
+    ],
+)
+def test_unknown_flags_are_refused(given, message, folder):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        main([f"--model={folder}/model.keras", f"--examples={folder}/examples", *given])
+
+
+def test_local_workers_are_processes_unless_told_otherwise():
+    assert jobs.beam_arguments([]) == ["--direct_running_mode=multi_processing", f"--direct_num_workers={jobs.cores()}"]
+    assert jobs.beam_arguments(["--direct_num_workers=3"])[-1] == "--direct_running_mode=multi_processing"
+    assert jobs.beam_arguments(["--runner=PrismRunner"]) == ["--runner=PrismRunner"]
+    assert jobs.beam_arguments(["--direct_running_mode=in_memory"]) == ["--direct_running_mode=in_memory"]
+
+
+def test_minutes_do_not_go_with_workers(folder, tmp_path):
+    with pytest.raises(UsageError, match="--evaluate_minutes does not go with workers"):
+        in_beam(folder, tmp_path, minutes=1.0)
+
+
+@pytest.mark.slow
+def test_killed_worker_ends_the_run_in_one_line_and_the_same_command_goes_on(folder, alone, tmp_path):
+    command = [sys.executable, "-m", "pipelines.evaluate", f"--model={folder}/model.keras", f"--output={tmp_path}"]
+    command += [f"--examples={folder}/examples", "--evaluate_suite=standard", "--evaluate_sanity_examples=0", *FLAGS]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 300
+        while not list(tmp_path.glob("shards/block-*.npz")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        workers = subprocess.run(["pgrep", "-f", "sdk_worker_main"], capture_output=True, text=True, check=True)
+        os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors.count("\n") == 1 and "a worker process died" in errors and "goes on from the shards" in errors
+    done = len(list(tmp_path.glob("shards/block-*.npz")))
+    assert 0 < done < COUNT // 16
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"{done} of {COUNT // 16} blocks were there already" in finished.stdout
+    assert_same(recorded.read_outcomes(tmp_path), alone)
