@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import tensorflow as tf
 
 from kerasdefense.types import InputError
@@ -47,6 +46,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def check_schema(content: Any, schema: Path, name: str) -> None:
     """Raise an InputError that says where `content`, of the file called `name`, leaves a JSON schema."""
+    import jsonschema  # takes a second or more to import, of every worker of a pipeline too
+
     try:
         jsonschema.validate(content, json.loads(schema.read_text(encoding="utf-8")))
     except jsonschema.ValidationError as error:

@@ -81,12 +81,11 @@ def is_blessed(conditions: Sequence[Condition]) -> bool:
 
 
 def show(conditions: Sequence[Condition], console: Console) -> None:
-    """Print the conditions, and in one line what follows of them."""
+    """Print the conditions."""
     table = Table("", "asked", "found", title="before a push", title_justify="left")
     for each in conditions:
         table.add_row("[green]holds[/green]" if each.holds else "[bold red]FAILS[/bold red]", each.asks, each.found)
     console.print(table)
-    console.print(verdict(conditions), markup=False, highlight=False, soft_wrap=True)
 
 
 def verdict(conditions: Sequence[Condition]) -> str:

@@ -32,6 +32,8 @@ from pipelines.gate import check_gate
 from pipelines.pipeline import Places, create_pipeline
 
 METADATA, EXAMPLES, PUSHED, STATE = "metadata.sqlite", "examples", "pushed", "state"
+_BEGINS = "Component %s is running."
+"""What TFX logs of every step."""
 NOT_BLESSED = 3
 """The exit code of a run that pushed nothing."""
 
@@ -88,10 +90,13 @@ def execute(
 
 
 def be_quiet() -> None:
-    """Let libraries tell of errors only: what a user needs is printed, and kept in the artifacts."""
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = os.environ["GRPC_VERBOSITY"] = "ERROR"
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    """Let libraries tell of errors, and TFX of the step that begins; all else is in the artifacts."""
+    os.environ["GRPC_VERBOSITY"] = "ERROR"
     logging.getLogger().setLevel(logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.INFO)
+    handler = absl_logging.get_absl_handler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.addFilter(lambda record: record.levelno >= logging.ERROR or record.msg == _BEGINS)
 
 
 if __name__ == "__main__":
