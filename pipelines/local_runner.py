@@ -94,9 +94,13 @@ def be_quiet() -> None:
     os.environ["GRPC_VERBOSITY"] = "ERROR"
     logging.getLogger().setLevel(logging.ERROR)
     absl_logging.set_verbosity(absl_logging.INFO)
-    handler = absl_logging.get_absl_handler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    handler.addFilter(lambda record: record.levelno >= logging.ERROR or record.msg == _BEGINS)
+
+    def is_told(record: logging.LogRecord) -> bool:
+        if record.msg == _BEGINS:
+            print(f"{record.args[0]} ...", flush=True)
+        return record.levelno >= logging.ERROR
+
+    absl_logging.get_absl_logger().addFilter(is_told)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import tensorflow_model_analysis as tfma
 from tfx.components import Evaluator, ImportExampleGen, Pusher, SchemaGen, StatisticsGen, Trainer
@@ -14,15 +14,17 @@ from tfx.dsl.input_resolution.strategies.latest_blessed_model_strategy import La
 from tfx.orchestration import metadata
 from tfx.orchestration.pipeline import Pipeline
 from tfx.proto import example_gen_pb2, pusher_pb2, trainer_pb2
-from tfx.types import Channel, standard_artifacts
+from tfx.types import BaseChannel, Channel, standard_artifacts
 
 from kerasdefense import config, flags
 from pipelines.artifacts import Images
 from pipelines.components.example_validator import ImageExampleValidator
 from pipelines.components.robustness_evaluator import RobustnessEvaluator
 from pipelines.gate import check_gate
+from pipelines.resolving import LatestOtherBlessedModel
 
 TRAINER = "pipelines.trainer_module.run_fn"
+RESOLVER = "latest_blessed_model"
 LABEL, PROBABILITIES, SIGNATURE = "label", "probabilities", "examples"
 
 
@@ -41,6 +43,26 @@ class Places:
     state: str
 
 
+def latest_other_blessed(candidate: BaseChannel) -> Resolver:
+    """Return what resolves the latest model, other than the candidate, that our evaluator blessed."""
+    blessings = Channel(type=standard_artifacts.ModelBlessing, producer_component_id=RobustnessEvaluator.__name__)
+    return Resolver(
+        strategy_class=LatestOtherBlessedModel,
+        model=Channel(type=standard_artifacts.Model),
+        model_blessing=blessings,
+        candidate=candidate,
+    ).with_id(RESOLVER)
+
+
+def latest_blessed(_: BaseChannel) -> Resolver:
+    """Return what resolves the latest blessed model, for orchestrators that know TFX's own strategies only."""
+    return Resolver(
+        strategy_class=LatestBlessedModelStrategy,
+        model=Channel(type=standard_artifacts.Model),
+        model_blessing=Channel(type=standard_artifacts.ModelBlessing),
+    ).with_id(RESOLVER)
+
+
 def create_pipeline(
     name: str,
     run: config.Run,
@@ -49,6 +71,7 @@ def create_pipeline(
     *,
     beam_arguments: Sequence[str] = (),
     metadata_path: Optional[str] = None,
+    resolver_of: Callable[[BaseChannel], Resolver] = latest_other_blessed,
 ) -> Pipeline:
     """Return the pipeline; it depends on its arguments alone and touches nothing.
 
@@ -63,6 +86,7 @@ def create_pipeline(
         places: folders, or URLs.
         beam_arguments: Beam's pipeline options for all components that use it.
         metadata_path: SQLite file of ML Metadata; None where the orchestrator keeps its own.
+        resolver_of: returns, of the candidate, what resolves the model to hold it against, as output `model`.
 
     Raises:
         UsageError: thresholds that are missing or contradict each other.
@@ -96,13 +120,7 @@ def create_pipeline(
     )
     trainer.add_upstream_node(validator)
     model = trainer.outputs["model"]
-    resolver = Resolver(
-        strategy_class=LatestBlessedModelStrategy,
-        model=Channel(type=standard_artifacts.Model),
-        model_blessing=Channel(
-            type=standard_artifacts.ModelBlessing, producer_component_id=RobustnessEvaluator.__name__
-        ),
-    ).with_id("latest_blessed_model")
+    resolver = resolver_of(model)
     evaluator = Evaluator(examples=examples, model=model, eval_config=eval_config(run.gate), example_splits=["eval"])
     robustness = RobustnessEvaluator(
         examples,
