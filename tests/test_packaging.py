@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import functools
 import re
 import shutil
 import subprocess
@@ -49,6 +50,7 @@ def locked_versions(name):
     return dict(re.findall(r"^([a-z0-9-]+)(?:\[.*\])?==(\S+)", (ROOT / name).read_text(), re.MULTILINE))
 
 
+@functools.cache
 def imported_names(source):
     names = set()
     for node in ast.walk(ast.parse(source)):

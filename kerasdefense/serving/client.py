@@ -53,8 +53,8 @@ class Client:
         version: number of a version; None = the server's choice, the newest as a rule.
         version_label: label of a version, instead of a number.
         timeout: seconds that a call may take in all, with its batches, attempts and pauses.
-        retries: attempts after the first where the server is not available (UNAVAILABLE, HTTP 503, connection refused);
-            nothing else is tried again.
+        retries: attempts after the first where the server is not available (UNAVAILABLE, HTTP 503, connection refused),
+            or has merged the request with a wrong one of somebody else's; nothing else is tried again.
         batch_size: images that are sent at once.
         max_message_bytes: largest request and answer of gRPC; -1 = any size.
 

@@ -12,7 +12,7 @@ class ServingError(InputError):
 
 
 class UnavailableError(ServingError):
-    """No server at the address, or one that takes no requests at the moment; the only error that is tried again."""
+    """No server at the address, or one that does not take the request at the moment; the only error tried again."""
 
 
 class DeadlineError(ServingError):

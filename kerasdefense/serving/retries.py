@@ -11,6 +11,8 @@ from kerasdefense.serving.errors import DeadlineError, UnavailableError
 T = TypeVar("T")
 _FIRST, _LONGEST = 0.1, 5.0
 """Seconds before the second attempt, and the longest pause."""
+_RANDOM = random.Random()
+"""Not the generator that programs seed, whose draws do not depend on how often a server was busy."""
 
 
 class Deadline:
@@ -33,7 +35,7 @@ def pause(attempt: int) -> float:
 
     Clients that were turned away together so do not come back together.
     """
-    return min(_LONGEST, _FIRST * 2.0**attempt) * random.uniform(0.5, 1.0)
+    return min(_LONGEST, _FIRST * 2.0**attempt) * _RANDOM.uniform(0.5, 1.0)
 
 
 def attempted(call: Callable[[float], T], deadline: Deadline, retries: int) -> T:

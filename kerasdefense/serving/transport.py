@@ -33,6 +33,8 @@ _OUTPUTS: Mapping[str, Any] = {
 """What a signature returns: outputs with as many rows as there were images."""
 _LABEL = "Unrecognized servable version label"
 """How TF Serving's message begins where a label is unknown; its code is INVALID_ARGUMENT."""
+_MERGED = "from different tasks have different shapes"
+"""A part of its message to all whose requests were merged, where one of them has another shape; FAILED_PRECONDITION."""
 
 Outputs = Mapping[str, np.ndarray]
 
@@ -121,6 +123,8 @@ def _text(value: Any) -> str:
 def refusal(code: str, message: str, target: Target) -> ServingError:
     """Return the error for a status code of gRPC by name and the server's message."""
     line = one_line(message)
+    if _MERGED in message:
+        return UnavailableError(f"{target} merged the request with one of another shape, and refused both: {line}")
     if code == "UNAVAILABLE":
         return UnavailableError(f"{target} is not available: {line}")
     if code == "DEADLINE_EXCEEDED":

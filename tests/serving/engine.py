@@ -46,7 +46,8 @@ class Engine:
         self.answered = []
         self.merged = []
         self._lock = threading.Lock()
-        self._merger = _Merger(self._run, merge) if merge > 1 else None
+        self.merges = merge > 1
+        self._merger = _Merger(self._run, merge)
 
     def version(self, name, version=None, label=None):
         found = self.loaded.get(name)
@@ -94,7 +95,7 @@ class Engine:
             text = f"Task size {len(rows)} is larger than maximum input batch size {self.max_batch_size}"
             raise Refused("INVALID_ARGUMENT", text)
         key = name, version, signature
-        outputs = self._merger.run(key, argument, rows) if self._merger else self._run(key, argument, rows)
+        outputs = self._merger.run(key, argument, rows) if self.merges else self._run(key, argument, rows)
         with self._lock:
             self.answered.append(rows.tobytes() if rows.dtype != object else b"".join(rows))
         return outputs
@@ -152,7 +153,7 @@ class _Merger:
 
     def _together(self, batch):
         if len({(one["key"], one["rows"].shape[1:], one["rows"].dtype) for one in batch}) > 1:
-            raise Refused("FAILED_PRECONDITION", "Tensors from different tasks have different shapes")
+            raise Refused("FAILED_PRECONDITION", "Tensors with name 'x' from different tasks have different shapes")
         outputs = self._run(batch[0]["key"], batch[0]["argument"], np.concatenate([one["rows"] for one in batch]))
         ends = np.cumsum([len(one["rows"]) for one in batch])[:-1]
         split = {name: np.split(each, ends) for name, each in outputs.items()}

@@ -312,7 +312,7 @@ def test_sixteen_threads_lose_nothing_and_ask_nothing_twice(way, digits):
 @pytest.mark.parametrize("way", ["grpc", "rest"])
 def test_sixteen_threads_keep_their_deadlines(way, digits):
     def fault(number):
-        return "unavailable" if number % 3 else 5
+        return "unavailable" if number % 3 else 1.5
 
     outcomes = []
 
@@ -354,6 +354,30 @@ def test_requests_that_the_server_merges_do_not_affect_each_other(digits):
     np.testing.assert_allclose(
         [found[row].logits for row in rows], expected(digits, image[rows])["logits"], rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("way", ["grpc", "rest"])
+def test_request_that_was_merged_with_a_wrong_one_is_tried_again(way, digits):
+    def fault(number):
+        if number > 2:
+            server.engine.merges = False
+
+    errors = []
+
+    def ask_wrongly():
+        try:
+            client.predict(np.zeros([1, 9, 9, 1]))
+        except InvalidRequestError as error:
+            errors.append(str(error))
+
+    with serving(digits.folder, merge=2, fault=fault) as server, Client(getattr(server, way), version=1) as client:
+        other = threading.Thread(target=ask_wrongly)
+        other.start()
+        (prediction,) = client.predict(digits.image[0])
+        other.join()
+        assert server.engine.requests == 4
+    assert prediction.label == digits.module.serving_default(digits.image[:1])["label"]
+    assert len(errors) == 1 and "9, 9, 1" in errors[0]
 
 
 def test_large_requests_pass_and_a_limit_can_be_set(digits):

@@ -18,7 +18,7 @@ from kerasdefense.types import InputError, UsageError
 
 from .stub import serving
 
-QUERIES, COUNT = 150, 16
+QUERIES, COUNT = 150, 8
 THREAT_MODEL = ThreatModel("linf", 0.15)
 TRANSFER = "transfer_mi_fgsm"
 BLACKBOX = ["--mode=evaluate", "--evaluate_suite=blackbox", "--evaluate_examples=8", "--attack_epsilon=0.1"]
