@@ -3,8 +3,18 @@
 import os
 import sys
 import warnings
+from typing import Any
 
 if sys.argv[:1] == ["-m"]:  # started as `python -m pipelines...`: keep libraries' notices off the screen
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of worker processes too
     warnings.filterwarnings("ignore")
+
+
+def __getattr__(name: str) -> Any:
+    """Return the type of artifact that Kubeflow looks for here, without importing TFX in workers that need none."""
+    if name != "RobustnessReport":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pipelines.components.robustness_evaluator import RobustnessReport
+
+    return RobustnessReport

@@ -27,7 +27,7 @@ from kerasdefense.types import InputError, UsageError
 from pipelines import jobs
 from pipelines.artifacts import Images
 from pipelines.evaluate import of_package
-from pipelines.pipeline import Places, create_pipeline, latest_blessed
+from pipelines.pipeline import Places, create_pipeline
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError(f"--splits={own.splits} must name train, eval and perhaps {', '.join(SPLITS[1::2])}")
     images = Images(own.examples, splits, run.data.name, read_labels(own.labels), shape_of(own.image_shape))
     places = Places(own.root, own.push_dir, f"{own.root.rstrip('/')}/state")
-    pipeline = create_pipeline(own.name, run, images, places, beam_arguments=given, resolver_of=latest_blessed)
+    pipeline = create_pipeline(own.name, run, images, places, beam_arguments=given, own_resolver=False)
     compile_to(Path(own.output).expanduser(), pipeline, own)
     Console().print(f"written: {own.output}", highlight=False, soft_wrap=True)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+from google.protobuf import json_format, message
 from ml_metadata import errors
 from ml_metadata.metadata_store import MetadataStore
 from ml_metadata.proto import metadata_store_pb2 as mlmd
@@ -15,6 +16,8 @@ from kerasdefense.types import InputError
 
 _RUN, _NODE = "pipeline_run", "node"
 _OUTPUT = (mlmd.Event.OUTPUT, mlmd.Event.DECLARED_OUTPUT)
+_TOLD = ("verdict", "clean_accuracy", "robust_accuracy", "blessed", "pushed", "pushed_version", "split_names")
+"""Properties of artifacts that say what became of a run."""
 _PUSHER, _ROBUSTNESS = "Pusher", "RobustnessEvaluator"
 
 
@@ -63,7 +66,7 @@ def outcome(store: MetadataStore) -> tuple[Optional[str], str]:
     """Return where the last run pushed its model, None where it did not, and the verdict on it in words."""
     found = {step.name: step for step in steps(store, runs(store)[-1])}
     model, report = (_only(found, name, key) for name, key in ((_PUSHER, "pushed_model"), (_ROBUSTNESS, "report")))
-    verdict = "" if report is None else report.properties["verdict"].string_value
+    verdict = "" if report is None else report.custom_properties["verdict"].string_value
     if model is None or not model.custom_properties["pushed"].int_value:
         return None, f"{verdict} (report: {'none' if report is None else report.uri})"
     return model.custom_properties["pushed_destination"].string_value, f"{verdict} (report: {report.uri})"
@@ -80,13 +83,14 @@ def show(store: MetadataStore, console: Console) -> None:
         artifacts = {}
         for step in steps(store, run):
             table.add_row(step.name, step.state, _words(step.inputs), _words(step.outputs))
-            made = (each for group in (step.inputs, step.outputs) for each in group.values())
-            artifacts |= {artifact.id: artifact for each in made for artifact in each}
+            groups = (*step.inputs.values(), *step.outputs.values())
+            artifacts |= {artifact.id: artifact for group in groups for artifact in group}
         console.print(table)
-    table = Table("artifact", "type", "what is known", "where", title="artifacts of the last run", title_justify="left")
+    console.print("artifacts of the last run:")
     for number, artifact in sorted(artifacts.items()):
-        table.add_row(str(number), artifact.type, _facts(artifact), artifact.uri)
-    console.print(table, soft_wrap=True)
+        facts = _facts(artifact)
+        line = f"{number:>4} {artifact.type}{facts and f' ({facts})'}: {artifact.uri}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _step(store: MetadataStore, execution: mlmd.Execution) -> Step:
@@ -111,7 +115,10 @@ def _words(group: dict[str, list[mlmd.Artifact]]) -> str:
 
 
 def _facts(artifact: mlmd.Artifact) -> str:
-    kept = ("verdict", "clean_accuracy", "robust_accuracy", "blessed", "pushed", "pushed_version", "split_names")
     every: dict[str, Any] = {**artifact.properties, **artifact.custom_properties}
-    values = {name: every[name] for name in kept if name in every}
-    return ", ".join(f"{name} {getattr(value, value.WhichOneof('value'))}" for name, value in values.items())
+    return ", ".join(f"{name} {_value(every[name])}" for name in _TOLD if name in every)
+
+
+def _value(value: mlmd.Value) -> Any:
+    found = getattr(value, value.WhichOneof("value"))
+    return json_format.MessageToDict(found) if isinstance(found, message.Message) else found

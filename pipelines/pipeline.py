@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import tensorflow_model_analysis as tfma
 from tfx.components import Evaluator, ImportExampleGen, Pusher, SchemaGen, StatisticsGen, Trainer
@@ -21,7 +21,7 @@ from pipelines.artifacts import Images
 from pipelines.components.example_validator import ImageExampleValidator
 from pipelines.components.robustness_evaluator import RobustnessEvaluator
 from pipelines.gate import check_gate
-from pipelines.resolving import LatestOtherBlessedModel
+from pipelines.resolving import CANDIDATE, LatestOtherBlessedModel
 
 TRAINER = "pipelines.trainer_module.run_fn"
 RESOLVER = "latest_blessed_model"
@@ -43,26 +43,6 @@ class Places:
     state: str
 
 
-def latest_other_blessed(candidate: BaseChannel) -> Resolver:
-    """Return what resolves the latest model, other than the candidate, that our evaluator blessed."""
-    blessings = Channel(type=standard_artifacts.ModelBlessing, producer_component_id=RobustnessEvaluator.__name__)
-    return Resolver(
-        strategy_class=LatestOtherBlessedModel,
-        model=Channel(type=standard_artifacts.Model),
-        model_blessing=blessings,
-        candidate=candidate,
-    ).with_id(RESOLVER)
-
-
-def latest_blessed(_: BaseChannel) -> Resolver:
-    """Return what resolves the latest blessed model, for orchestrators that know TFX's own strategies only."""
-    return Resolver(
-        strategy_class=LatestBlessedModelStrategy,
-        model=Channel(type=standard_artifacts.Model),
-        model_blessing=Channel(type=standard_artifacts.ModelBlessing),
-    ).with_id(RESOLVER)
-
-
 def create_pipeline(
     name: str,
     run: config.Run,
@@ -71,7 +51,7 @@ def create_pipeline(
     *,
     beam_arguments: Sequence[str] = (),
     metadata_path: Optional[str] = None,
-    resolver_of: Callable[[BaseChannel], Resolver] = latest_other_blessed,
+    own_resolver: bool = True,
 ) -> Pipeline:
     """Return the pipeline; it depends on its arguments alone and touches nothing.
 
@@ -86,7 +66,8 @@ def create_pipeline(
         places: folders, or URLs.
         beam_arguments: Beam's pipeline options for all components that use it.
         metadata_path: SQLite file of ML Metadata; None where the orchestrator keeps its own.
-        resolver_of: returns, of the candidate, what resolves the model to hold it against, as output `model`.
+        own_resolver: whether the orchestrator runs our strategy that finds the model to hold a candidate against. TFX's
+            own cannot tell our blessings from those of TFX's Evaluator, which then gives none: it measures only.
 
     Raises:
         UsageError: thresholds that are missing or contradict each other.
@@ -120,13 +101,18 @@ def create_pipeline(
     )
     trainer.add_upstream_node(validator)
     model = trainer.outputs["model"]
-    resolver = resolver_of(model)
-    evaluator = Evaluator(examples=examples, model=model, eval_config=eval_config(run.gate), example_splits=["eval"])
+    resolver = _resolver(model, is_own=own_resolver)
+    evaluator = Evaluator(
+        examples=examples,
+        model=model,
+        eval_config=eval_config(run.gate.clean_accuracy if own_resolver else None),
+        example_splits=["eval"],
+    )
     robustness = RobustnessEvaluator(
         examples,
         model,
         baseline_model=resolver.outputs["model"],
-        evaluator_blessing=evaluator.outputs["blessing"],
+        evaluator_blessing=evaluator.outputs["blessing"] if own_resolver else None,
         settings={
             "flags": json.dumps(lines),
             "labels": json.dumps(images.labels),
@@ -156,18 +142,33 @@ def create_pipeline(
     )
 
 
-def eval_config(gate: config.Gate) -> tfma.EvalConfig:
-    """Return what TFX's Evaluator measures: accuracy over all images, which has a bound, and by class."""
-    bound = tfma.GenericValueThreshold(lower_bound={"value": gate.clean_accuracy})
-    overall = tfma.PerSliceMetricThreshold(
-        slicing_specs=[tfma.SlicingSpec()], threshold=tfma.MetricThreshold(value_threshold=bound)
-    )
-    accuracy = tfma.MetricConfig(class_name="SparseCategoricalAccuracy", per_slice_thresholds=[overall])
+def eval_config(least_accuracy: Optional[float]) -> tfma.EvalConfig:
+    """Return what TFX's Evaluator measures: accuracy over all images, and by class.
+
+    Args:
+        least_accuracy: accuracy over all images below which it does not bless a model; None = it blesses none.
+    """
+    accuracy = tfma.MetricConfig(class_name="SparseCategoricalAccuracy")
+    if least_accuracy is not None:
+        bound = tfma.GenericValueThreshold(lower_bound={"value": least_accuracy})
+        threshold = tfma.MetricThreshold(value_threshold=bound)
+        accuracy.per_slice_thresholds.add(slicing_specs=[tfma.SlicingSpec()], threshold=threshold)
     return tfma.EvalConfig(
         model_specs=[tfma.ModelSpec(signature_name=SIGNATURE, label_key=LABEL, prediction_key=PROBABILITIES)],
         slicing_specs=[tfma.SlicingSpec(), tfma.SlicingSpec(feature_keys=[LABEL])],
         metrics_specs=[tfma.MetricsSpec(metrics=[tfma.MetricConfig(class_name="ExampleCount"), accuracy])],
     )
+
+
+def _resolver(candidate: BaseChannel, *, is_own: bool) -> Resolver:
+    """Return what resolves the last model that was blessed: by our strategy that by our component, and another one."""
+    channels = {"model": Channel(type=standard_artifacts.Model), CANDIDATE: candidate}
+    by = {"producer_component_id": RobustnessEvaluator.__name__} if is_own else {}
+    channels["model_blessing"] = Channel(type=standard_artifacts.ModelBlessing, **by)
+    strategy = LatestOtherBlessedModel if is_own else LatestBlessedModelStrategy
+    if not is_own:
+        del channels[CANDIDATE]
+    return Resolver(strategy_class=strategy, **channels).with_id(RESOLVER)
 
 
 def _input_config(splits: Sequence[str]) -> example_gen_pb2.Input:

@@ -33,14 +33,12 @@ GATE = "gate.json"
 
 
 class RobustnessReport(artifact.Artifact):
-    """What an evaluation found: results.json, report.html, gate.json, and the shards with adversarial images."""
+    """What an evaluation found: results.json, report.html, gate.json, and the shards with adversarial images.
 
-    TYPE_NAME = "RobustnessReport"
-    PROPERTIES: ClassVar = {
-        "clean_accuracy": artifact.Property(type=artifact.PropertyType.FLOAT),
-        "robust_accuracy": artifact.Property(type=artifact.PropertyType.FLOAT),
-        "verdict": artifact.Property(type=artifact.PropertyType.STRING),
-    }
+    Its custom properties are `clean_accuracy`, `robust_accuracy`, `verdict`, and `shards`, where these are kept.
+    """
+
+    TYPE_NAME = "pipelines.RobustnessReport"  # which Kubeflow imports it by
 
 
 class RobustnessEvaluatorSpec(ComponentSpec):
@@ -222,8 +220,8 @@ def _write_report(report: types.Artifact, measured: Measured, conditions: list[g
     if "://" not in measured.shards:
         copy_folder(Path(measured.shards), f"{report.uri}/{SHARDS}")
     for name in ("clean_accuracy", "robust_accuracy"):
-        setattr(report, name, float(measured.results[name]["value"]))
-    report.verdict = verdict["verdict"]
+        report.set_float_custom_property(name, float(measured.results[name]["value"]))
+    report.set_string_custom_property("verdict", verdict["verdict"])
     report.set_string_custom_property(SHARDS, measured.shards)
 
 
