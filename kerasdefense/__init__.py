@@ -27,6 +27,7 @@ from kerasdefense.defenses import (
     Standard,
 )
 from kerasdefense.evaluation import RobustValidation, assert_robust, evaluate
+from kerasdefense.export import load_model
 from kerasdefense.training import train
 from kerasdefense.types import InputError, UsageError
 
@@ -57,5 +58,6 @@ __all__ = [
     "as_backbone",
     "assert_robust",
     "evaluate",
+    "load_model",
     "train",
 ]

@@ -349,6 +349,8 @@ def _verify_published(folder: Path) -> tuple[list[str], bool]:
             right &= claimed == there
             lines.append(_agreement(f"{version.name}/{name}", claimed, there))
     claimed_files, found_files = claimed_beside(card), beside(folder)
+    if "beside" not in card:  # an older one, of the evaluated model alone
+        found_files = {name: found_files[name] for name in claimed_files if name in found_files}
     for name in sorted({*claimed_files, *found_files}):
         claimed, there = claimed_files.get(name, "not in the card"), found_files.get(name, "missing")
         right &= claimed == there
@@ -357,7 +359,7 @@ def _verify_published(folder: Path) -> tuple[list[str], bool]:
     if evaluated and MODEL in found_files:
         right &= evaluated == found_files[MODEL]
         lines.append(_agreement("the model that was evaluated", evaluated, found_files[MODEL]))
-    if card["figures"] and OUTCOMES in found_files:
+    if card["figures"] and (folder / OUTCOMES).is_file():
         outcomes = evaluation.read_outcomes(folder)  # raises where outcomes and figures are not of one evaluation
         accuracies = f"clean {100 * outcomes.clean.mean():.2f} %, robust {100 * outcomes.robust.mean():.2f} %"
         lines.append(f"outcomes of {len(outcomes.clean):,} images agree with the card: {accuracies}")

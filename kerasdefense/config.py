@@ -467,6 +467,11 @@ class Export:
         "",
         "publish there, as saved_models/NAME: version, model, card, outcomes; empty = saved_model/ of the run",
     )
+    published: str = _field(
+        "",
+        "export the model of this published folder anew, from what it holds: its model.keras, card and detector; into "
+        "--export_dir, or empty = as its next version",
+    )
     diagnostics: bool = _field(
         False,
         "also export the signature diagnose, which takes seeds (models that draw at random); whoever calls it chooses "

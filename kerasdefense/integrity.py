@@ -58,8 +58,10 @@ def check(path: Path) -> None:
     if path.is_dir():
         claimed, found = card["files"], digests(path)
     else:
-        claimed, found = claimed_beside(card), {path.name: sha256(path)}
-        claimed = {path.name: claimed[path.name]} if path.name in claimed else {}
+        every, found = claimed_beside(card), {path.name: sha256(path)}
+        claimed = {name: every[name] for name in found if name in every}
+        if not every:  # a card of before digests of files beside the versions were kept
+            return
     for name in sorted({*claimed, *found}):
         if claimed.get(name) != found.get(name):
             why = "is not in the card" if name not in claimed else "is missing" if name not in found else "was changed"

@@ -147,11 +147,12 @@ def export_model(run: config.Run, splits: Splits, defense: Defense) -> Path:
         versions=evaluation.versions(),
         reject=reject,
     )
-    folder = Path(run.export.dir or run_dir / "saved_model")
+    folder = Path(run.export.dir or run_dir / export.OF_RUNS)
     with contextlib.ExitStack() as stack:
         if run.export.dir:
             digest = stack.enter_context(export.published(defense, folder, run_dir / ADVERSARIAL))
             card["figures"]["model_digest"] = digest  # the same weights as in the run's file, without the optimizer's
+        card["keras_import"] = stack.enter_context(export.classifier_file(defense, folder))
         version = export.save(
             defense,
             folder,
@@ -163,6 +164,16 @@ def export_model(run: config.Run, splits: Splits, defense: Defense) -> Path:
         )
     export.write_bundle(folder)
     return version
+
+
+def export_again(run: config.Run, console: Console) -> None:
+    """Export the model of a published folder anew, and print where the version is."""
+    if run.mode != "export":
+        raise UsageError(f"--export_published goes with --mode=export, not with --mode={run.mode}")
+    folder = Path(run.export.published).expanduser()
+    into = Path(run.export.dir).expanduser() if run.export.dir else folder
+    version = export.republish(folder, into, version=run.export.version)
+    console.print(version, highlight=False, soft_wrap=True)
 
 
 def compare(run: config.Run, console: Console) -> None:
@@ -249,6 +260,9 @@ def execute(run: config.Run, console: Console) -> int:
         return verify(run, console)
     if run.mode in ("all", "evaluate"):
         endpoint.check(run)
+    if run.export.published:
+        export_again(run, console)
+        return 0
     trains = run.mode in ("all", "train")
     if trains:  # several workers must find each other before anything else is done
         strategy = training.make_strategy(run.train)

@@ -18,6 +18,7 @@ from kerasdefense import assess, config, data, evaluation, export, run
 from kerasdefense.evaluation import geometry
 from kerasdefense.evaluation.digests import of_file
 from kerasdefense.evaluation.figures import ARRAYS, PICTURE, Figures
+from kerasdefense.integrity import BESIDE
 from kerasdefense.types import InputError, UsageError
 
 QUICK = ["--mode=evaluate", "--evaluate_suite=quick", "--evaluate_sanity_examples=16", "--noprogress"]
@@ -353,10 +354,11 @@ def test_figures_of_a_published_model_are_replaced(tmp_path):
             export.publish_figures(published, {**results, **change}, tmp_path / "a.npz")
     export.publish_figures(published, results, tmp_path / "a.npz")
     card = json.loads((published / "card.json").read_text())
+    assert set(card.pop("beside")) == {name for name in BESIDE if (published / name).is_file()}
     assert card == json.loads((published / "1/card.json").read_text())
     assert card["figures"]["suite"] == "autoattack" and card["figures"]["sanity"] == {"S1": "pass"}
     assert card["about"][0].startswith("The suite autoattack leaves 41.7 % of 24 test images right")
-    replaced = ("about", "figures")
+    replaced = ("about", "figures", "beside")
     assert {name: card[name] for name in card if name not in replaced} == {
         name: before[name] for name in before if name not in replaced
     }

@@ -264,7 +264,9 @@ def test_published_model_is_complete_and_compared(finished, tmp_path, capsys):
     published = tmp_path / "saved_models" / "tiny"
     assert run.main(tiny(finished, "--mode=evaluate")) == 0
     assert run.main(tiny(finished, "--mode=export", f"--export_dir={published}")) == 0
-    assert {path.name for path in published.iterdir()} == {"1", "card.json", "model.keras", "outcomes.npz"}
+    files = {"1", "card.json", "MODEL_CARD.md", "model.keras", "classifier.keras", "outcomes.npz"}
+    served_by = {"models.config", "batching.config", "monitoring.config", "docker-compose.yml"}
+    assert {path.name for path in published.iterdir()} == files | served_by
     assert keras.models.load_model(published / "model.keras").optimizer is None
     assert "image_adv" not in np.load(published / "outcomes.npz").files
     assert run.main(["--mode=verify", str(published)]) == 0

@@ -1,19 +1,25 @@
 """Export: a defense as a versioned SavedModel that needs no Python of ours, with its card and what serves it."""
 
-from kerasdefense.export.bundle import model_card, model_name, write_bundle
+from kerasdefense.export.bundle import model_card, write_bundle
 from kerasdefense.export.card import card, check_card
+from kerasdefense.export.keras_file import classifier_file, load_model
 from kerasdefense.export.publish import publish_figures, published
-from kerasdefense.export.saved_model import save
+from kerasdefense.export.republish import republish
+from kerasdefense.export.saved_model import OF_RUNS, model_name, save
 from kerasdefense.export.signatures import SIGNATURES, serving_module
 
 __all__ = [
+    "OF_RUNS",
     "SIGNATURES",
     "card",
     "check_card",
+    "classifier_file",
+    "load_model",
     "model_card",
     "model_name",
     "publish_figures",
     "published",
+    "republish",
     "save",
     "serving_module",
     "write_bundle",

@@ -13,7 +13,7 @@ import jinja2
 from kerasdefense import integrity
 from kerasdefense.attacks.norms import radius
 from kerasdefense.export.card import check_card
-from kerasdefense.export.saved_model import versions_of
+from kerasdefense.export.saved_model import model_name, versions_of
 from kerasdefense.files import write_json, write_text
 from kerasdefense.integrity import CARD
 from kerasdefense.types import InputError
@@ -24,7 +24,6 @@ MAX_BATCH = 128
 """Images that TF Serving answers at once, of one request or of several."""
 IMAGE = "2.15.1"
 """Version of the stock image tensorflow/serving."""
-_OF_RUNS = "saved_model"
 
 
 def write_bundle(folder: Path) -> None:
@@ -54,13 +53,6 @@ def write_bundle(folder: Path) -> None:
     check_card(card)
     write_text(folder / MODEL_CARD, model_card(card, version=version.name))
     write_json(folder / CARD, card)
-
-
-def model_name(folder: Path) -> str:
-    """Return what a server calls the model in a folder: as the folder, or the run that this belongs to, is called."""
-    folder = folder.resolve()
-    name = folder.parent.name if folder.name == _OF_RUNS else folder.name
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
 
 
 def model_card(card: Mapping[str, Any], *, version: str) -> str:

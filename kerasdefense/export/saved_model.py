@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -23,12 +24,15 @@ from kerasdefense.export.signatures import (
     seeded,
     serving_module,
 )
+from kerasdefense.export.warmup import write_warm_up
 from kerasdefense.files import replacing, write_error, write_json
 from kerasdefense.integrity import CARD, digests
 from kerasdefense.types import InputError, UsageError
 
 LABELS, DENOISER = "labels.txt", "denoiser.keras"
 TOLERANCE = 1e-5
+OF_RUNS = "saved_model"
+"""The model's folder in a run directory."""
 
 
 def save(
@@ -41,10 +45,11 @@ def save(
     reject: Optional[RejectOption] = None,
     diagnostics: bool = False,
 ) -> Path:
-    """Write the SavedModel `folder/<version>/` with its labels and card, and `denoiser.keras` where there is one.
+    """Write the SavedModel `folder/<version>/` with labels, card and requests to warm up by, and with `denoiser.keras`.
 
-    That is what images pass before the classifier, to be put in front of any other: a model of Keras' own layers, or,
-    where it draws at random, of layers of ours, which load after `import kerasdefense`.
+    The last is there where something purifies images: what they pass before the classifier, to be put in front of any
+    other, a model of Keras' own layers, or, where it draws at random, of layers of ours, which load after
+    `import kerasdefense`.
 
     It is loaded back and compared with the defense before it appears under its name, one that draws at random by what
     it makes of given seeds. If anything fails, nothing stays behind.
@@ -74,10 +79,18 @@ def save(
         if purifier is not None:
             purifier.save(temporary / DENOISER)
         _compare(defense, reject, temporary)
+        write_warm_up(temporary, model_name(folder))
         complete = {**card, "files": digests(temporary)}
         check_card(complete)
         write_json(temporary / CARD, complete)
     return path
+
+
+def model_name(folder: Path) -> str:
+    """Return what a server calls the model in a folder: as the folder, or the run that this belongs to, is called."""
+    folder = folder.resolve()
+    name = folder.parent.name if folder.name == OF_RUNS else folder.name
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
 
 
 def versions_of(folder: Path) -> list[int]:

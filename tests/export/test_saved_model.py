@@ -34,6 +34,8 @@ def everything_in(folder):
 def test_version_holds_model_labels_and_card(version, labels):
     assert everything_in(version) == [
         "assets",
+        "assets.extra",
+        "assets.extra/tf_serving_warmup_requests",
         "assets/labels.txt",
         "card.json",
         "fingerprint.pb",
@@ -52,7 +54,7 @@ def test_card_lists_the_digest_of_every_other_file(version):
     card = json.loads((version / "card.json").read_text(encoding="utf-8"))
     export.check_card(card)
     files = {path for path in version.rglob("*") if path.is_file() and path.name != "card.json"}
-    assert {version / name for name in card["files"]} == files and len(files) == 5
+    assert {version / name for name in card["files"]} == files and len(files) == 6
     for name, digest in card["files"].items():
         assert hashlib.sha256((version / name).read_bytes()).hexdigest() == digest
     assert str(version.parent) not in (version / "card.json").read_text(encoding="utf-8")
@@ -149,6 +151,7 @@ class TestWithoutTensorFlow:
     @pytest.fixture(autouse=True)
     def _fill_instead(self, monkeypatch):
         monkeypatch.setattr("kerasdefense.export.saved_model._compare", lambda defense, reject, path: None)
+        monkeypatch.setattr("kerasdefense.export.saved_model.write_warm_up", lambda version, name: None)
         monkeypatch.setattr(tf.saved_model, "save", lambda module, path, signatures: fill(path))
 
     def test_numbers_go_up_from_the_highest(self, defense, labels, card, tmp_path):
