@@ -253,16 +253,14 @@ def verify(run: config.Run, console: Console) -> int:
 
 def execute(run: config.Run, console: Console) -> int:
     """Carry out a run, print what a reader needs, and return the exit code."""
-    if run.mode in ("compare", "trials"):
-        (compare if run.mode == "compare" else sum_up)(run, console)
-        return 0
     if run.mode == "verify":
         return verify(run, console)
+    of_results = {"compare": compare, "trials": sum_up}.get(run.mode)
+    if of_results is not None or run.export.published:
+        (of_results or export_again)(run, console)
+        return 0
     if run.mode in ("all", "evaluate"):
         endpoint.check(run)
-    if run.export.published:
-        export_again(run, console)
-        return 0
     trains = run.mode in ("all", "train")
     if trains:  # several workers must find each other before anything else is done
         strategy = training.make_strategy(run.train)
