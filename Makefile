@@ -2,7 +2,7 @@
 # The stamps .venv/.core and .venv/.full are older than a lock file that has changed, so that it is installed again.
 
 .NOTPARALLEL:
-.PHONY: help setup demo test check bench gpu-check lock
+.PHONY: help setup demo test test-pipeline check bench gpu-check kubeflow lock
 
 PYTHON := .venv/bin/python
 # A version manager's shim may be there and fail, so uv counts only if it runs.
@@ -15,9 +15,11 @@ help:
 	@echo "make demo    train an undefended and a hardened model on digits, and compare them (installs the core)"
 	@echo "make setup   install everything: core, pipelines, serving, benchmarks, tests"
 	@echo "make test    run the tests, with coverage"
+	@echo "make test-pipeline  run the TFX pipeline on digits: pushed, blocked, cached, stopped by broken examples"
 	@echo "make check   check format, lint, types and import rules"
 	@echo "make bench   time training steps against their floor and against other libraries"
 	@echo "make gpu-check  train, compile and export for ten minutes on the accelerator of this machine, and report"
+	@echo "make kubeflow  make the environment .venv-kubeflow, in which pipelines.kubeflow_runner compiles"
 	@echo "make lock    write both lock files anew from setup.cfg"
 
 setup: .venv/.full
@@ -29,6 +31,9 @@ demo: $(or $(wildcard .venv/.full),.venv/.core)
 test: .venv/.full
 	$(PYTHON) -m pytest --cov --cov-report=term --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
+test-pipeline: .venv/.full
+	$(PYTHON) -m pytest tests/pipelines -m pipeline -rP
+
 check: .venv/.full
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -38,8 +43,15 @@ check: .venv/.full
 bench: .venv/.full
 	$(PYTHON) -m benchmarks
 
-gpu-check: .venv/.full
+gpu-test-pipeline: .venv/.full
+	$(PYTHON) -m pytest tests/pipelines -m pipeline -rP
+
+check: .venv/.full
 	$(PYTHON) -m benchmarks.accelerator
+
+kubeflow: | $(OWN_UV)
+	$(UV) venv --quiet --no-project --python 3.10 .venv-kubeflow
+	$(UV) pip install --quiet --python .venv-kubeflow/bin/python --build-constraints requirements.lock '.[kubeflow]'
 
 lock: | $(OWN_UV)
 	$(UV) pip compile $(COMPILE) --extra pipelines --extra serving --extra bench --extra test \

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -34,7 +34,8 @@ _TIMES = ("began", "ended")
 """When a worker began and ended a block, in seconds of the epoch, as arrays beside its outcomes."""
 
 
-class Row(NamedTuple):
+@dataclasses.dataclass(frozen=True, order=True)
+class Row:
     """An example: its number in the data set, its label and its encoded image."""
 
     index: int
@@ -90,7 +91,11 @@ class Attacker:
 
     @functools.cached_property
     def _references(self) -> References:
-        return References(self._course.exact, lambda: self._task.references)
+        return References(self._course.exact, self._read_references)
+
+    def _read_references(self) -> Chunk:
+        assert self._task.references is not None  # only where an attack matches, for which they were sent along
+        return self._task.references
 
     def attack(self, number: int, rows: Iterable[Row]) -> Arrays:
         """Return the outcomes of a block, whatever the order of its rows, and when it was at work."""

@@ -87,11 +87,10 @@ def _task(run: config.Run, splits: Splits, course: Course, workers: Workers) -> 
         raise UsageError("--evaluate_minutes does not go with workers, which nobody stops: leave it out")
     matches = any(search.matches for search in course.searches)
     batches = splits.test.batches(run.evaluate.chunk_size)
-    quiet = {"journal": None, "progress": False}
     return Task(
         wanted=run.evaluate,
         suite=course.suite,
-        options=dataclasses.replace(course.options, **quiet),
+        options=dataclasses.replace(course.options, journal=None, progress=False),
         image_shape=splits.image_shape,
         index=splits.test.index[: course.options.examples or None],
         references=first_block(batches, course.options) if matches else None,
@@ -139,7 +138,8 @@ def _parser() -> argparse.ArgumentParser:
 def of_package(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Divide arguments into those that are flags of kerasdefense.run, and the rest."""
     names = flags.names()
-    kept, rest = [], []
+    kept: list[str] = []
+    rest: list[str] = []
     for each in arguments:
         name = each.lstrip("-").partition("=")[0]
         (kept if {name, name.removeprefix("no")} & names else rest).append(each)

@@ -65,11 +65,11 @@ def steps(store: MetadataStore, run: mlmd.Context) -> list[Step]:
 def outcome(store: MetadataStore) -> tuple[Optional[str], str]:
     """Return where the last run pushed its model, None where it did not, and the verdict on it in words."""
     found = {step.name: step for step in steps(store, runs(store)[-1])}
-    model, report = (_only(found, name, key) for name, key in ((_PUSHER, "pushed_model"), (_ROBUSTNESS, "report")))
-    verdict = "" if report is None else report.custom_properties["verdict"].string_value
-    if model is None or not model.custom_properties["pushed"].int_value:
-        return None, f"{verdict} (report: {'none' if report is None else report.uri})"
-    return model.custom_properties["pushed_destination"].string_value, f"{verdict} (report: {report.uri})"
+    report, model = found[_ROBUSTNESS].outputs["report"][0], found[_PUSHER].outputs["pushed_model"][0]
+    verdict = f"{report.custom_properties['verdict'].string_value} (report: {report.uri})"
+    if not model.custom_properties["pushed"].int_value:
+        return None, verdict
+    return model.custom_properties["pushed_destination"].string_value, verdict
 
 
 def show(store: MetadataStore, console: Console) -> None:
@@ -103,11 +103,6 @@ def _step(store: MetadataStore, execution: mlmd.Execution) -> Step:
     nodes = [each for each in store.get_contexts_by_execution(execution.id) if each.type == _NODE]
     name = nodes[0].name.rpartition(".")[2] if nodes else execution.type
     return Step(name, mlmd.Execution.State.Name(execution.last_known_state).lower(), inputs, outputs)
-
-
-def _only(found: dict[str, Step], name: str, key: str) -> Optional[mlmd.Artifact]:
-    made = found[name].outputs.get(key, []) if name in found else []
-    return made[0] if made else None
 
 
 def _words(group: dict[str, list[mlmd.Artifact]]) -> str:

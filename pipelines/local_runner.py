@@ -83,9 +83,10 @@ def execute(
 ) -> tuple[Optional[str], str]:
     """Run the pipeline in this process; return where it pushed the model, None where it did not, and why."""
     name = "-".join(metadata_path.parent.parts[-2:])
-    given = {"beam_arguments": beam_arguments, "metadata_path": str(metadata_path)}
     del sys.argv[1:]  # TFX's executors read them as flags of their own, and would miss files that ours include
-    LocalDagRunner().run(create_pipeline(name, run, images, places, **given))
+    LocalDagRunner().run(
+        create_pipeline(name, run, images, places, beam_arguments=beam_arguments, metadata_path=str(metadata_path))
+    )
     return lineage.outcome(lineage.open_store(metadata_path))
 
 
@@ -97,7 +98,7 @@ def be_quiet() -> None:
 
     def is_told(record: logging.LogRecord) -> bool:
         if record.msg == _BEGINS:
-            print(f"{record.args[0]} ...", flush=True)
+            print(f"{record.getMessage().split()[1]} ...", flush=True)
         return record.levelno >= logging.ERROR
 
     absl_logging.get_absl_logger().addFilter(is_told)

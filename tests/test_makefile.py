@@ -118,4 +118,4 @@ def test_ci_run_calls_check_and_test_and_returns_their_code(tmp_path, monkeypatc
     result = subprocess.run([ROOT / ".ci/run"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == code
     assert result.stdout.startswith(f"{ROOT}: ")
-    assert result.stdout.split()[-2:] == ["check", "test"]
+    assert result.stdout.split()[-3:] == ["check", "test", "test-pipeline"]

@@ -1,0 +1,155 @@
+"""The whole pipeline on this machine: a robust model is pushed, a fragile one and broken examples are not."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from sklearn.datasets import load_digits
+
+from kerasdefense import boundary, config, data
+from pipelines import local_runner
+from pipelines.components.robustness_evaluator import GATE
+from pipelines.evaluate import SHARDS
+from pipelines.examples import write_examples
+
+ROOT = Path(__file__).resolve().parents[2]
+ROBUST, FRAGILE = "configs/digits/pgd_at.cfg", "configs/digits/standard.cfg"
+SUITE = "--evaluate_suite=quick"
+
+
+def command(config_file, root, *given):
+    arguments = [sys.executable, "-m", "pipelines.local_runner", f"--flagfile={config_file}", f"--root={root}", *given]
+    started = time.monotonic()
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    print(f"{config_file} {' '.join(given)}: {time.monotonic() - started:.0f} s, exit code {done.returncode}")
+    return done
+
+
+def versions(root):
+    folder = root / "pushed"
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def reports(root):
+    """Return gate.json of every report there is, the oldest first."""
+    found = root.glob(f"artifacts/RobustnessEvaluator/report/*/{GATE}")
+    return [json.loads(path.read_text()) for path in sorted(found, key=lambda path: int(path.parent.name))]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("pipeline") / "digits"
+
+
+@pytest.fixture(scope="module")
+def robust(root):
+    """The first run, of a model that holds up."""
+    done = command(ROBUST, root, SUITE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.pipeline
+def test_robust_model_is_pushed_with_all_that_serves_and_explains_it(robust, root):
+    (version,) = versions(root)
+    assert f"pushed: {root}/pushed/{version}" in robust.stdout and "blessed: every condition holds" in robust.stdout
+    folder = root / "pushed" / version
+    assert {"saved_model.pb", "card.json", "variables", "assets"} <= {path.name for path in folder.iterdir()}
+    card = json.loads((folder / "card.json").read_text())
+    assert card["defense"]["name"] == "pgd_at" and card["data"]["name"] == "digits"
+    digits = load_digits()
+    images = tf.constant((digits.images[:64, ..., None] / 16).astype(np.float32))
+    label = tf.saved_model.load(str(folder)).signatures["serving_default"](image=images)["label"].numpy()
+    assert (label == digits.target[:64]).mean() > 0.9
+
+
+@pytest.mark.pipeline
+def test_report_holds_results_page_shards_and_conditions(robust, root):
+    (folder,) = root.glob("artifacts/RobustnessEvaluator/report/*")
+    assert {"results.json", "report.html", "adversarial.npz", GATE, SHARDS} <= {path.name for path in folder.iterdir()}
+    results = json.loads((folder / "results.json").read_text())
+    assert results["clean_accuracy"]["n"] == 359 and len(list((folder / SHARDS).glob("block-*.npz"))) == 2
+    (told,) = reports(root)
+    assert told["blessed"] and all(condition["holds"] for condition in told["conditions"])
+
+
+@pytest.mark.pipeline
+def test_fragile_model_is_blocked_and_what_was_pushed_stays(robust, root):
+    before = {path: path.stat().st_mtime_ns for path in (root / "pushed").rglob("*")}
+    done = command(FRAGILE, root, SUITE, "--train_epochs=5")
+    assert done.returncode == local_runner.NOT_BLESSED, done.stdout + done.stderr
+    assert "not blessed, nothing is pushed" in done.stdout and "FAILS" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in (root / "pushed").rglob("*")} == before
+    failed = [condition["asks"] for condition in reports(root)[-1]["conditions"] if not condition["holds"]]
+    assert failed == [
+        "lower 95 % bound of robust accuracy is at least 50.0 %",
+        "no significant loss of robust accuracy against the last blessed model",
+    ]
+
+
+@pytest.mark.pipeline
+def test_run_with_nothing_changed_does_nothing_again(robust, root):
+    before = versions(root)
+    done = command(ROBUST, root, SUITE)
+    assert done.returncode == 0 and versions(root) == before
+    assert f"pushed: {root}/pushed/{before[-1]}" in done.stdout
+    told = command(ROBUST, root, "--lineage").stdout
+    last = told[told.rindex("run 20") :]
+    for step in ("ImportExampleGen", "StatisticsGen", "Trainer", "Evaluator", "RobustnessEvaluator", "Pusher"):
+        assert re.search(rf"\b{step}\b[^\n]*cached", last), told
+    assert re.search(r"PushedModel \(.*pushed 1", last) and re.search(r"RobustnessReport \(verdict blessed", last)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """Examples of digits, one of which is no image."""
+    folder = tmp_path_factory.mktemp("broken") / "examples"
+    write_examples(data.load(config.Data(name="digits", augment="none")), folder)
+    (file,) = (folder / "train").iterdir()
+    records = [tf.train.Example.FromString(each.numpy()) for each in tf.data.TFRecordDataset(str(file), "GZIP")]
+    records[7].features.feature["image"].bytes_list.value[0] = b"no image"
+    with tf.io.TFRecordWriter(str(file), "GZIP") as writer:
+        for record in records:
+            writer.write(record.SerializeToString())
+    return folder
+
+
+@pytest.mark.pipeline
+def test_broken_examples_stop_the_run_before_training(broken, tmp_path):
+    done = command(ROBUST, tmp_path, f"--examples={broken}")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "image" in done.stderr and "anomalies.txt" in done.stderr and "Trainer ..." not in done.stdout
+    assert versions(tmp_path) == [] and not (tmp_path / "artifacts/Trainer").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--flagfile=configs/digits/nothing.cfg"], "cannot read flag file"),
+        ([f"--flagfile={ROBUST}", "--gate_robust_accuracy=0.95"], "is above --gate_clean_accuracy=0.9"),
+        ([f"--flagfile={ROBUST}", "--gate_robust_accuracy=0"], "a pipeline needs --gate_robust_accuracy"),
+        ([f"--flagfile={ROBUST}", "--gate_robust=0.5"], "unknown flag --gate_robust"),
+        ([f"--flagfile={ROBUST}", "--lineage"], "there was no run of this pipeline yet"),
+        ([f"--flagfile={ROBUST}", "--examples=EMPTY"], "has no train/"),
+        ([f"--flagfile={ROBUST}", "--root=OTHER"], "is no metadata store that this version of ML Metadata reads"),
+    ],
+)
+def test_bad_input_is_one_line_and_pushes_nothing(given, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / local_runner.METADATA).write_bytes(b"SQLite format 4" + bytes(4096))
+    given = [each.replace("EMPTY", f"{tmp_path}/empty").replace("OTHER", f"{tmp_path}/other") for each in given]
+    roots = [] if any("--root" in each for each in given) else [f"--root={tmp_path}/root"]
+    assert boundary.guarded(lambda: local_runner.main([*given, *roots])) in (1, 2)
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and words in errors
+    assert not list(tmp_path.rglob("pushed"))
