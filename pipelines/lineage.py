@@ -42,8 +42,8 @@ def open_store(path: Path) -> MetadataStore:
     connection.sqlite.connection_mode = mlmd.SqliteMetadataSourceConfig.READWRITE_OPENCREATE
     try:
         return MetadataStore(connection)
-    except errors.StatusError as error:
-        said = " ".join(str(error).split())
+    except (errors.StatusError, RuntimeError) as error:
+        said = str(error).partition(" query:")[0]
         raise InputError(
             f"{path} is no metadata store that this version of ML Metadata reads ({said}); move it away, or pass "
             "another --root: nothing was run or pushed"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import sqlite3
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ import tensorflow as tf
 from sklearn.datasets import load_digits
 
 from kerasdefense import boundary, config, data
-from pipelines import local_runner
+from pipelines import lineage, local_runner
 from pipelines.components.robustness_evaluator import GATE
 from pipelines.evaluate import SHARDS
 from pipelines.examples import write_examples
@@ -139,15 +141,20 @@ def test_broken_examples_stop_the_run_before_training(broken, tmp_path):
         ([f"--flagfile={ROBUST}", "--gate_robust=0.5"], "unknown flag --gate_robust"),
         ([f"--flagfile={ROBUST}", "--lineage"], "there was no run of this pipeline yet"),
         ([f"--flagfile={ROBUST}", "--examples=EMPTY"], "has no train/"),
-        ([f"--flagfile={ROBUST}", "--root=OTHER"], "is no metadata store that this version of ML Metadata reads"),
+        ([f"--flagfile={ROBUST}", "--root=NONE"], "is no metadata store that this version of ML Metadata reads (Error"),
+        ([f"--flagfile={ROBUST}", "--root=LATER"], "is no metadata store that this version of ML Metadata reads (MLMD"),
     ],
 )
 def test_bad_input_is_one_line_and_pushes_nothing(given, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / local_runner.METADATA).write_bytes(b"SQLite format 4" + bytes(4096))
-    given = [each.replace("EMPTY", f"{tmp_path}/empty").replace("OTHER", f"{tmp_path}/other") for each in given]
+    for name in ("empty", "none", "later"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "none" / local_runner.METADATA).write_bytes(b"SQLite format 4" + bytes(4096))
+    lineage.open_store(tmp_path / "later" / local_runner.METADATA)
+    with contextlib.closing(sqlite3.connect(tmp_path / "later" / local_runner.METADATA)) as later, later:
+        later.execute("UPDATE MLMDEnv SET schema_version = 99")
+    for name in ("empty", "none", "later"):
+        given = [each.replace(name.upper(), f"{tmp_path}/{name}") for each in given]
     roots = [] if any("--root" in each for each in given) else [f"--root={tmp_path}/root"]
     assert boundary.guarded(lambda: local_runner.main([*given, *roots])) in (1, 2)
     errors = capsys.readouterr().err
