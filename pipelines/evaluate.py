@@ -26,12 +26,13 @@ from kerasdefense.data import Splits
 from kerasdefense.data.examples import split_folders
 from kerasdefense.evaluation import Loaded, preprocessing
 from kerasdefense.evaluation.robustness import Course, first_block
+from kerasdefense.files import write_json
 from kerasdefense.types import InputError, UsageError
 from pipelines import jobs
 from pipelines.blocks import Task, attack_blocks, local
 from pipelines.shards import Shards
 
-SHARDS = "shards"
+SHARDS, WORK = "shards", "work.json"
 
 
 class Workers(NamedTuple):
@@ -154,6 +155,8 @@ def main(arguments: Sequence[str]) -> int:
     given = ["--data_name=examples", f"--data_dir={own.examples}", *ours]
     given += ["--mode=evaluate", f"--evaluate_model={own.model}", *([f"--run_dir={own.output}"] if own.output else [])]
     run = flags.parse(given)
+    if run.evaluate.endpoint:
+        raise UsageError("--evaluate_endpoint is attacked by kerasdefense.run; workers attack a model that they load")
     console = Console()
     splits = data.load(run.data)
     files = [f"{split_folders(own.examples)['eval']}/*"]
@@ -166,6 +169,7 @@ def main(arguments: Sequence[str]) -> int:
     workers = Workers(lambda: jobs.make_pipeline(of_beam), threads, str(Path(run.run_dir) / SHARDS))
     found = evaluate(run, splits, model, files, workers)
     assess.show(found.results, f"{model.name} on {splits.name}", console)
+    write_json(Path(run.run_dir) / WORK, found.work)
     images = found.results["clean_accuracy"]["n"]
     console.print(work_line(found.work, images), markup=False, highlight=False, soft_wrap=True)
     console.print(Path(run.run_dir) / assess.REPORT, highlight=False, soft_wrap=True)

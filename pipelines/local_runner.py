@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--examples", default="", help="folder that python -m pipelines.examples wrote; empty = write it from the data"
     )
-    parser.add_argument("--push_dir", default="", help="folder that models are pushed to; empty = ROOT/pushed")
+    parser.add_argument("--push_dir", default="", help="folder that models are pushed to; empty = ROOT/pushed/DATA")
     parser.add_argument("--lineage", action="store_true", help="print what the metadata store knows, and run nothing")
     return parser
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     examples = Path(own.examples or root / EXAMPLES).expanduser().resolve()
     if not own.examples:
         write_examples(data.load(run.data), examples)
-    push = Path(own.push_dir or root / PUSHED).expanduser().resolve()
+    push = Path(own.push_dir or root / PUSHED / run.data.name).expanduser().resolve()
     places = Places(str(root / "artifacts"), str(push), str(root / STATE))
     pushed, verdict = execute(run, images_in(examples), places, root / METADATA, beam_arguments)
     console.print(verdict, markup=False, highlight=False, soft_wrap=True)

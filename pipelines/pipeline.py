@@ -8,17 +8,18 @@ from collections.abc import Sequence
 from typing import Any, Optional
 
 import tensorflow_model_analysis as tfma
-from tfx.components import Evaluator, ImportExampleGen, Pusher, SchemaGen, StatisticsGen, Trainer
+from tfx.components import Evaluator, ImportExampleGen, SchemaGen, StatisticsGen, Trainer
 from tfx.dsl.components.common.resolver import Resolver
 from tfx.dsl.input_resolution.strategies.latest_blessed_model_strategy import LatestBlessedModelStrategy
 from tfx.orchestration import metadata
 from tfx.orchestration.pipeline import Pipeline
-from tfx.proto import example_gen_pb2, pusher_pb2, trainer_pb2
+from tfx.proto import example_gen_pb2, trainer_pb2
 from tfx.types import BaseChannel, Channel, standard_artifacts
 
 from kerasdefense import config, flags
 from pipelines.artifacts import Images
 from pipelines.components.example_validator import ImageExampleValidator
+from pipelines.components.pusher import Pusher
 from pipelines.components.robustness_evaluator import RobustnessEvaluator
 from pipelines.gate import check_gate
 from pipelines.resolving import CANDIDATE, LatestOtherBlessedModel
@@ -122,11 +123,10 @@ def create_pipeline(
         },
     )
     pusher = Pusher(
-        model=model,
+        model,
         model_blessing=robustness.outputs["blessing"],
-        push_destination=pusher_pb2.PushDestination(
-            filesystem=pusher_pb2.PushDestination.Filesystem(base_directory=places.push)
-        ),
+        report=robustness.outputs["report"],
+        folder=places.push,
     )
     components: list[Any] = [example_gen, statistics_gen, schema_gen, validator, trainer]
     components += [resolver, evaluator, robustness, pusher]

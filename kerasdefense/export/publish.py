@@ -65,15 +65,19 @@ def publish_figures(folder: Path, results: Mapping[str, Any], adversarial: Path)
     """
     _check_match(folder, results)
     for path in (folder / str(number) / CARD for number in versions_of(folder)):
-        card = json.loads(path.read_text(encoding="utf-8"))
-        budget = results["attack_budget"]
-        card["figures"] = figures({**results, "attack_budget": 0 if budget is None else budget})
-        card["about"] = about(card["defense"]["name"], card["figures"])
-        check_card(card)
-        write_json(path, card)
+        write_json(path, with_figures(json.loads(path.read_text(encoding="utf-8")), results))
     with replacing(folder / OUTCOMES) as temporary:
         _store_outcomes(temporary, adversarial)
     write_bundle(folder)
+
+
+def with_figures(card: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a complete card that says what an evaluation of its model wrote to results.json."""
+    budget = results["attack_budget"]
+    measured = figures({**results, "attack_budget": 0 if budget is None else budget})
+    complete = {**card, "figures": measured, "about": about(card["defense"]["name"], measured)}
+    check_card(complete)
+    return complete
 
 
 def _check_match(folder: Path, results: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 from sklearn.datasets import load_digits
 
-from kerasdefense import boundary, config, data
+from kerasdefense import boundary, config, data, integrity
 from pipelines import lineage, local_runner
 from pipelines.components.robustness_evaluator import GATE
 from pipelines.evaluate import SHARDS
@@ -36,8 +36,8 @@ def command(config_file, root, *given):
 
 
 def versions(root):
-    folder = root / "pushed"
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    folder = root / "pushed/digits"
+    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
 
 def reports(root):
@@ -62,11 +62,17 @@ def robust(root):
 @pytest.mark.pipeline
 def test_robust_model_is_pushed_with_all_that_serves_and_explains_it(robust, root):
     (version,) = versions(root)
-    assert f"pushed: {root}/pushed/{version}" in robust.stdout and "blessed: every condition holds" in robust.stdout
-    folder = root / "pushed" / version
+    assert (
+        f"pushed: {root}/pushed/digits/{version}" in robust.stdout and "blessed: every condition holds" in robust.stdout
+    )
+    folder = root / "pushed/digits" / version
+    beside = {path.name for path in folder.parent.iterdir()}
+    assert {"models.config", "batching.config", "docker-compose.yml", "MODEL_CARD.md", "card.json"} <= beside
     assert {"saved_model.pb", "card.json", "variables", "assets"} <= {path.name for path in folder.iterdir()}
     card = json.loads((folder / "card.json").read_text())
     assert card["defense"]["name"] == "pgd_at" and card["data"]["name"] == "digits"
+    assert card["figures"]["robust_accuracy"]["n"] == 359 and card["figures"]["suite"] == "quick"
+    integrity.check(folder)
     digits = load_digits()
     images = tf.constant((digits.images[:64, ..., None] / 16).astype(np.float32))
     label = tf.saved_model.load(str(folder)).signatures["serving_default"](image=images)["label"].numpy()
@@ -102,7 +108,7 @@ def test_run_with_nothing_changed_does_nothing_again(robust, root):
     before = versions(root)
     done = command(ROBUST, root, SUITE)
     assert done.returncode == 0 and versions(root) == before
-    assert f"pushed: {root}/pushed/{before[-1]}" in done.stdout
+    assert f"pushed: {root}/pushed/digits/{before[-1]}" in done.stdout
     told = command(ROBUST, root, "--lineage").stdout
     last = told[told.rindex("run 20") :]
     for step in ("ImportExampleGen", "StatisticsGen", "Trainer", "Evaluator", "RobustnessEvaluator", "Pusher"):
