@@ -47,13 +47,13 @@ def label_shifts(counts: Mapping[str, Sequence[int]], most: float, reference: st
     Args:
         counts: images of each class, by split.
         most: as of `label_shift`.
-        reference: file in which `counts` were kept as JSON, which may be remote; empty = none.
+        reference: file in which `counts` were kept as JSON, which may be remote, and not be there yet; empty = none.
 
     Raises:
-        InputError: the reference is no such file, or of another number of classes.
+        InputError: the reference is there and no such file, or of another number of classes.
     """
     shifts = {name: label_shift(each, counts["train"], most) for name, each in counts.items() if name != "train"}
-    if reference:
+    if reference and tf.io.gfile.exists(reference):
         before = _read(reference, len(counts["train"]))
         shifts["train"] = label_shift(counts["train"], before, most)
     return {name: shift for name, shift in shifts.items() if shift}
@@ -66,7 +66,9 @@ def _read(path: str, classes: int) -> list[int]:
     except (tf.errors.OpError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: no file of label shares that an earlier validation wrote") from error
     if len(counts) != classes:
-        raise InputError(f"{path}: is of {len(counts)} classes, but the examples have {classes}")
+        raise InputError(
+            f"{path}: is of {len(counts)} classes, but the examples have {classes}; remove it to begin anew"
+        )
     return counts
 
 

@@ -18,9 +18,9 @@ from tfx.types import BaseChannel, Channel, standard_artifacts
 
 from kerasdefense import config, flags
 from pipelines.artifacts import Images
-from pipelines.components.example_validator import ImageExampleValidator
+from pipelines.components.example_validator import SHARES, ImageExampleValidator
 from pipelines.components.pusher import Pusher
-from pipelines.components.robustness_evaluator import RobustnessEvaluator
+from pipelines.components.robustness_evaluator import BLESSED, RobustnessEvaluator
 from pipelines.gate import check_gate
 from pipelines.resolving import CANDIDATE, LatestOtherBlessedModel
 
@@ -87,6 +87,7 @@ def create_pipeline(
         classes=len(images.labels),
         max_label_shift=run.gate.label_shift,
         state_dir=f"{places.state}/anomalies",
+        reference=f"{places.state}/{BLESSED}/{SHARES}",
     )
     trainer = Trainer(
         run_fn=TRAINER,
@@ -118,7 +119,7 @@ def create_pipeline(
             "flags": json.dumps(lines),
             "labels": json.dumps(images.labels),
             "data_name": images.name,
-            "state_dir": f"{places.state}/outcomes",
+            "state_dir": places.state,
             "threads": 1,
         },
     )

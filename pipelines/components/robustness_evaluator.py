@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Optional
 
+import numpy as np
 import tensorflow as tf
 from rich.console import Console
 from tfx import types
@@ -26,8 +27,11 @@ from kerasdefense.files import write_json
 from pipelines import gate, jobs
 from pipelines.artifacts import copy_folder, digest_of, model_file, read_splits
 from pipelines.blocks import local
+from pipelines.components.example_validator import SHARES
 from pipelines.evaluate import SHARDS, Workers, check_keyed, evaluate, work_line
 
+BLESSED = "blessed"
+"""Folder of the state for what was blessed last."""
 GATE = "gate.json"
 """The conditions of a push and what became of them, in the report."""
 
@@ -87,7 +91,8 @@ class Executor(base_beam_executor.BaseBeamExecutor):
             input_dict: `examples`, `model`, perhaps `baseline_model` and `evaluator_blessing`.
             output_dict: `report` and `blessing`.
             exec_properties: `flags`, JSON of the lines of a flag file; `labels`, JSON of the class names; `data_name`;
-                `state_dir`, where outcomes are kept by the digests of model, images and settings; `threads`,
+                `state_dir`, where outcomes are kept by the digests of model, images and settings, and how many images
+                of each class the blessed model was trained on, which later examples are held against; `threads`,
                 TensorFlow's in a worker process.
         """
         self._log_startup(input_dict, output_dict, exec_properties)
@@ -109,6 +114,8 @@ class Executor(base_beam_executor.BaseBeamExecutor):
         _write_report(report, measured, conditions)
         blessing = artifact_utils.get_single_instance(output_dict["blessing"])
         _write_blessing(blessing, candidate, baseline, gate.is_blessed(conditions))
+        if gate.is_blessed(conditions):
+            _write_label_shares(splits, f"{exec_properties['state_dir'].rstrip('/')}/{BLESSED}")
 
     def _baseline(
         self,
@@ -131,7 +138,7 @@ class Executor(base_beam_executor.BaseBeamExecutor):
         model = evaluation.load_model(local(model_file(uri)))._replace(name=run.defense.name)
         evaluation.check_fits(model, splits.image_shape, len(splits.labels), splits.name)
         key = _key(run, splits, model.digest)
-        state = f"{exec_properties['state_dir'].rstrip('/')}/{key}"
+        state = f"{exec_properties['state_dir'].rstrip('/')}/outcomes/{key}"
         run_dir = Path(tempfile.mkdtemp(prefix="kerasdefense-report-") if "://" in state else state)
         shards = f"{state}/{SHARDS}"
         if (run_dir / assess.RESULTS).is_file():
@@ -223,6 +230,14 @@ def _write_report(report: types.Artifact, measured: Measured, conditions: list[g
         report.set_float_custom_property(name, float(measured.results[name]["value"]))
     report.set_string_custom_property("verdict", verdict["verdict"])
     report.set_string_custom_property(SHARDS, measured.shards)
+
+
+def _write_label_shares(splits: Splits, folder: str) -> None:
+    """Write how many training images of each class there are, those held out for validation included."""
+    label = np.concatenate([part.label[part.index] for part in (splits.train, splits.validation)])
+    tf.io.gfile.makedirs(folder)
+    with tf.io.gfile.GFile(f"{folder}/{SHARES}", "w") as file:
+        file.write(json.dumps({"train": np.bincount(label, minlength=len(splits.labels)).tolist()}))
 
 
 def _write_blessing(
