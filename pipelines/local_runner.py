@@ -99,7 +99,7 @@ def be_quiet() -> None:
     def is_told(record: logging.LogRecord) -> bool:
         if record.msg == _BEGINS:
             print(f"{record.getMessage().split()[1]} ...", flush=True)
-        return record.levelno >= logging.ERROR
+        return record.levelno > logging.ERROR  # an error is raised as well, and told once
 
     absl_logging.get_absl_logger().addFilter(is_told)
 
