@@ -15,7 +15,7 @@ from PIL import Image
 from kerasdefense.types import InputError
 
 WARM_UP = "assets.extra/tf_serving_warmup_requests"
-BATCHES = (1, 4)
+BATCHES = (1, 2)
 """Images of each request to a signature."""
 
 
