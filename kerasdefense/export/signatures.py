@@ -33,7 +33,8 @@ def serving_module(
     - `serving_default(image)`: float32 [batch, height, width, channels] in [0, 1];
     - `image_bytes(image_bytes)`: string [batch], image files (PNG, JPEG, BMP or the first frame of a GIF) of
       any size, which are decoded, converted to the model's channels and resized as training images are;
-    - `examples(examples)`: string [batch], serialised `tf.train.Example` with such a file as feature `image`.
+    - `examples(examples)`: string [batch], serialised `tf.train.Example` with such a file as feature `image`; it leaves
+      `class_name` out, since TFX's BulkInferrer fails on outputs that are one string for each image.
 
     Each returns `logits` and `probabilities` float32 [batch, classes], `label` int64 [batch] (the class of
     the highest logit), `class_name` string [batch], `anomaly_score` float32 [batch], higher = more unknown, `accepted`
@@ -71,7 +72,7 @@ def serving_module(
 
     @tf.function(input_signature=[of_images])
     def serving_default(image: tf.Tensor) -> dict[str, tf.Tensor]:
-        return answer(image, tf.reduce_all((image >= 0) & (image <= 1), axis=[1, 2, 3]))
+        return answer(image, _in_range(image))
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")])
     def image_bytes(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -79,7 +80,9 @@ def serving_module(
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "examples")])
     def examples(examples: tf.Tensor) -> dict[str, tf.Tensor]:
-        return answer(*examples_as_images(examples, image_shape))
+        answers = answer(*examples_as_images(examples, image_shape))
+        del answers["class_name"]
+        return answers
 
     @tf.function(input_signature=[of_images])
     def denoise(image: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -104,7 +107,7 @@ def _answering(defense: Defense, labels: Sequence[str], reject: Optional[RejectO
         input_signature=[_of_images(defense.backbone.input_shape[1:]), tf.TensorSpec([None], tf.bool, "valid")]
     )
     def answer(image: tf.Tensor, valid: tf.Tensor) -> dict[str, tf.Tensor]:
-        size, image = tf.shape(image)[0], _filled(tf.where(valid[:, None, None, None], image, 0.0))
+        size, image = tf.shape(image)[0], _fed(image, valid)
         if reject is None:
             logits = tf.cast(defense(image, training=False), tf.float32)[:size]
             probabilities = tf.nn.softmax(logits)
@@ -162,6 +165,25 @@ def purified(purifier: Any, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
 
 def _of_images(image_shape: Sequence[int]) -> tf.TensorSpec:
     return tf.TensorSpec([None, *image_shape], tf.float32, "image")
+
+
+def _in_range(image: tf.Tensor) -> tf.Tensor:
+    """Return whether all values of each image are in [0, 1], bool [batch].
+
+    Only the sum is NaN on every device where a value is; to compare every value takes several times as long.
+    """
+    axes = [1, 2, 3]
+    is_number = tf.reduce_sum(image, axes) >= 0
+    return is_number & (tf.reduce_min(image, axes) >= 0) & (tf.reduce_max(image, axes) <= 1)
+
+
+def _fed(image: tf.Tensor, valid: tf.Tensor) -> tf.Tensor:
+    """Return the images that the model gets, zeros in place of those that are not valid, and one where there is none.
+
+    Copying a batch takes a small model a twentieth of its own time, so a good one is passed on as it is.
+    """
+    is_good = tf.reduce_all(valid) & (tf.size(valid) > 0)
+    return tf.cond(is_good, lambda: image, lambda: _filled(tf.where(valid[:, None, None, None], image, 0.0)))
 
 
 def _filled(image: tf.Tensor) -> tf.Tensor:

@@ -107,7 +107,9 @@ def check_rows(found, good, bad):
     for key, value in found.items():
         np.testing.assert_array_equal(value[valid], good[key][valid], err_msg=key)
     fillers = {"logits": 0, "probabilities": 0, "label": -1, "class_name": b"", "accepted": False}
-    for key, filler in {**fillers, "anomaly_score": np.finfo(np.float32).max}.items():
+    fillers["anomaly_score"] = np.finfo(np.float32).max
+    for key in set(fillers) & set(found):
+        filler = fillers[key]
         assert (found[key][~valid] == filler).all(), key
 
 
@@ -147,6 +149,20 @@ def test_image_out_of_range_is_told_by_its_row(signatures, pixels, value):
     bad = image.copy()
     bad[1, 7, 7, 2] = bad[4, 0, 0, 0] = value
     check_rows(signatures["serving_default"](image=tf.constant(bad)), good, [1, 4])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, -1e-6, 1.000001])
+def test_value_out_of_range_is_told_wherever_it_stands(signatures, value):
+    places = np.arange(8 * 8 * 3)
+    bad = np.full([len(places), len(places)], 0.5, np.float32)
+    bad[places, places] = value
+    found = signatures["serving_default"](image=tf.constant(bad.reshape(-1, 8, 8, 3)))
+    assert not found["valid"].numpy().any() and not found["logits"].numpy().any()
+
+
+def test_ends_of_the_range_are_valid(signatures):
+    image = np.stack([np.zeros([8, 8, 3], np.float32), np.ones([8, 8, 3], np.float32)])
+    assert signatures["serving_default"](image=tf.constant(image))["valid"].numpy().all()
 
 
 @pytest.mark.parametrize("name", ["knn", "odin", "openmax"])
