@@ -1,7 +1,8 @@
-"""python -m benchmarks: training steps and attacks against other libraries, and against what must be.
+"""python -m benchmarks: training steps, attacks and serving against other libraries, and against what must be.
 
-Three kinds of tables: `training` (steps against their floor and other libraries, checkpoints), `attacks` (how fast ours
-are), and `strength` (what ours leave right of published models; this one needs --data_dir).
+Four kinds of tables: `training` (steps against their floor and other libraries, checkpoints), `attacks` (how fast ours
+are), `serving` (what signatures add to the defended path, latency, throughput), and `strength` (what ours leave right
+of published models; this one needs --data_dir).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from kerasdefense.attacks import has_foolbox
 from kerasdefense.files import write_json
 
 BUSY = 1.2
-KINDS = ("training", "attacks", "strength")
+KINDS = ("training", "attacks", "serving", "strength")
 WIDTH = 160  # never cut a column: a narrower terminal wraps the lines
 
 
@@ -80,7 +81,9 @@ def parse(arguments: Optional[list[str]]) -> argparse.Namespace:
         "--quick", action="store_true", help="one small case of each table and few rounds, to see that it works"
     )
     parser.add_argument(
-        "--rounds", type=int, help="times each step is timed (default 20; 5 with --quick; attacks at most 2 to 5)"
+        "--rounds",
+        type=int,
+        help="times each step is timed (default 20; 5 with --quick; attacks at most 2 to 5, serving 25 times as often)",
     )
     parser.add_argument("--data_dir", default="", help="TFDS folder with cifar10, for strength; else it is left out")
     parser.add_argument("--images", type=int, help="images for strength (default 256; 16 with --quick)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Union
 
 from benchmarks.agkd_floor import agkd_floor
 from benchmarks.atop_floor import atop_floor
@@ -15,6 +15,16 @@ from benchmarks.checkpoint import measure_checkpoint
 from benchmarks.dfa_floor import dfa_floor
 from benchmarks.osdn_floor import osdn_floor
 from benchmarks.peers import peers
+from benchmarks.serving import (
+    BATCH_SIZE_COLUMNS,
+    PATH,
+    SIGNATURE_COLUMNS,
+    ServingCase,
+    measure_batch_sizes,
+    measure_signatures,
+    rows_of_batch_sizes,
+    rows_of_signatures,
+)
 from benchmarks.tables import Column, Row
 from benchmarks.training_step import Measurement, measure, mirrored, mirrored_and_none
 
@@ -27,10 +37,10 @@ class Group(NamedTuple):
     """Cases that are measured alike.
 
     Attributes:
-        kind: "training" or "attacks".
+        kind: "training", "attacks" or "serving".
         title: of the table; `{case}` is the model of the first case, `{steps}` the steps of its attack.
         columns: of the table, with their limits.
-        cases: what is measured, Cases or AttackCases.
+        cases: what is measured, Cases, AttackCases or ServingCases.
         quick_cases: what is measured to see that it works.
         measure: returns times and retraces of a case in so many rounds.
         name: returns the name of a case's rows.
@@ -146,8 +156,8 @@ def defense_and_attack_name(case: Case) -> str:
     return f"{case.defense_name}, PGD-{case.steps}"
 
 
-def attack_name(case: AttackCase) -> str:
-    """Return the name of a case by its attack."""
+def own_name(case: Union[AttackCase, ServingCase]) -> str:
+    """Return the name that a case has: its attack, or its detector."""
     return case.name
 
 
@@ -192,6 +202,9 @@ AGKD = dataclasses.replace(RESNET, defense="agkd_bml")
 ATOP = dataclasses.replace(RESNET, defense="atop", denoiser_width=20)
 CAFD = dataclasses.replace(RESNET, defense="cafd", steps=0)
 DFA = dataclasses.replace(RESNET, head="orthogonal", defense="dfa", steps=0)
+SERVED = dataclasses.replace(RESNET, batch_size=32)
+SERVING_CASES = (ServingCase(SERVED), ServingCase(SERVED, detector="mahalanobis"))
+QUICK_SERVING_CASES = (ServingCase(TINY_CNN, detector="mahalanobis"),)
 
 GROUPS = (
     Group(
@@ -330,7 +343,7 @@ GROUPS = (
         cases=(AttackCase(dataclasses.replace(RESNET, batch_size=64), "pgd", steps=20, rounds=5),),
         quick_cases=(AttackCase(TINY_CNN, "pgd", steps=10, rounds=2),),
         measure=measure_attack,
-        name=attack_name,
+        name=own_name,
         rows=rows_of_attack,
         reference=EVALUATION,
     ),
@@ -344,8 +357,30 @@ GROUPS = (
         ),
         quick_cases=(AttackCase(TINY_CNN, "square", steps=200, rounds=2),),
         measure=measure_attack,
-        name=attack_name,
+        name=own_name,
         rows=rows_of_attack,
         reference=EVALUATION,
+    ),
+    Group(
+        kind="serving",
+        title="Signatures of an exported model ({case})",
+        columns=SIGNATURE_COLUMNS,
+        cases=SERVING_CASES,
+        quick_cases=QUICK_SERVING_CASES,
+        measure=measure_signatures,
+        name=own_name,
+        rows=rows_of_signatures,
+        reference=PATH,
+    ),
+    Group(
+        kind="serving",
+        title="serving_default by the size of batches ({case})",
+        columns=BATCH_SIZE_COLUMNS,
+        cases=SERVING_CASES,
+        quick_cases=QUICK_SERVING_CASES,
+        measure=measure_batch_sizes,
+        name=own_name,
+        rows=rows_of_batch_sizes,
+        reference="batch 32",
     ),
 )

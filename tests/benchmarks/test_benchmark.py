@@ -10,6 +10,7 @@ from benchmarks import __main__ as benchmark
 from benchmarks import attack_peers, groups, peers
 from benchmarks.case import Case
 from benchmarks.floor import floor
+from benchmarks.serving import CALLS
 from benchmarks.timing import Timing, time_in_turns
 from benchmarks.training_step import Measurement
 
@@ -56,12 +57,16 @@ def test_quick_benchmark_fills_every_column_and_never_retraces(art, capsys, tmp_
         ["mirrored"],
         ["evaluation"],
         ["evaluation"],
+        ["serving_default", "image_bytes"],
+        ["batch 1", "batch 8", "batch 32", "batch 128"],
     ]
     for table in tables:
         if "retraces" in table["rows"][0]:
             assert [row["retraces"] for row in table["rows"]] == [0] * len(table["rows"])
+    for number, table in enumerate(tables):
         (rounds,) = table["rounds"].values()
-        assert {len(values) for values in rounds["seconds"].values()} == {2}
+        calls = CALLS if number >= 10 else 1
+        assert {len(values) for values in rounds["seconds"].values()} == {2 * calls}
     for row in [row for table in tables[:7] for row in table["rows"]]:
         assert 0 < row["over_floor_processor"] < 3
     for row in tables[0]["rows"]:
@@ -152,14 +157,14 @@ def test_only_one_kind_of_tables_is_measured_where_one_is_asked_for(monkeypatch,
         return [], {}
 
     monkeypatch.setattr(benchmark, "measure_group", measure_group)
-    for kind in ("training", "attacks"):
+    for kind in ("training", "attacks", "serving"):
         kinds.clear()
         assert benchmark.main([f"--only={kind}"]) == 0
         assert set(kinds) == {kind}
     assert "strength" not in capsys.readouterr().out
     kinds.clear()
     assert benchmark.main([]) == 0
-    assert set(kinds) == {"training", "attacks"}
+    assert set(kinds) == {"training", "attacks", "serving"}
     assert "strength is left out: --data_dir is not given" in capsys.readouterr().out
 
 
