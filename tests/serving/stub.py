@@ -67,14 +67,34 @@ def serving(folder, *, name="classifier", labels=None, **behaviour):
 
 
 @contextlib.contextmanager
+def bundled(folder, configuration):
+    """Serve an exported model's folder by TensorFlow Serving, started as its docker-compose.yml starts it.
+
+    Files that name the place of the folder in a container are copied into the folder `configuration`, with its own.
+    """
+    inside = f"/models/{folder.name}"
+    for path in folder.glob("*.config"):
+        (configuration / path.name).write_text(path.read_text().replace(inside, str(folder.resolve())))
+    options = re.findall(r"- (--\S+)", (folder / "docker-compose.yml").read_text())
+    with _started([each.replace(inside, str(configuration)) for each in options], folder.name) as server:
+        yield server
+
+
+@contextlib.contextmanager
 def _real(folder, name):
+    with _started([f"--model_name={name}", f"--model_base_path={folder.resolve()}"], name) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _started(options, name):
     ports = []
     for _ in range(2):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             ports.append(free.getsockname()[1])
-    command = [binary(), f"--port={ports[0]}", f"--rest_api_port={ports[1]}", f"--model_name={name}"]
-    process = subprocess.Popen([*command, f"--model_base_path={folder.resolve()}"], stderr=subprocess.DEVNULL)
+    command = [binary(), f"--port={ports[0]}", f"--rest_api_port={ports[1]}", *options]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         rest = f"http://localhost:{ports[1]}"
         _wait(f"{rest}/v1/models/{name}")
