@@ -43,10 +43,7 @@ check: .venv/.full
 bench: .venv/.full
 	$(PYTHON) -m benchmarks
 
-gpu-test-pipeline: .venv/.full
-	$(PYTHON) -m pytest tests/pipelines -m pipeline -rP
-
-check: .venv/.full
+gpu-check: .venv/.full
 	$(PYTHON) -m benchmarks.accelerator
 
 kubeflow: | $(OWN_UV)

@@ -19,6 +19,7 @@ from rich.console import Console
 from kerasdefense import config, data, endpoint, evaluation, export, recognition
 from kerasdefense.attacks import norms
 from kerasdefense.data import Split, Splits
+from kerasdefense.defenses import DEFENSES
 from kerasdefense.evaluation import (
     Loaded,
     Options,
@@ -40,7 +41,7 @@ from kerasdefense.evaluation.search import FRESH_DRAWS, Chunk, ExactPath, within
 from kerasdefense.evaluation.suites import SURROGATE
 from kerasdefense.files import write_json
 from kerasdefense.integrity import CARD, MODEL, OUTCOMES, beside, claimed_beside, digests
-from kerasdefense.types import InputError, PathFn, UsageError
+from kerasdefense.types import InputError, PathFn, UsageError, look_up
 
 FOLDER = "evaluation"
 RESULTS, REPORT, ENTRY, STATE = (
@@ -53,6 +54,29 @@ FIGURES: dict[str, Callable[..., Figures]] = {
     "oblivious": oblivious.measure_oblivious,
 }
 """What is measured image by image beside the attacks, by block of results.json and flag of --evaluate_."""
+
+
+def check(run: config.Run) -> None:
+    """Raise a UsageError for flags of evaluation and export that do not go together, before anything is trained."""
+    oblivious.chosen(run.evaluate.oblivious_attacks)
+    if run.evaluate.preprocessor and run.mode != "evaluate":
+        raise UsageError(f"--evaluate_preprocessor goes with --mode=evaluate, not with --mode={run.mode}")
+    if run.evaluate.preprocessor and run.evaluate.card:
+        raise UsageError("--evaluate_card is of the model alone; evaluate it without --evaluate_preprocessor")
+    if run.mode == "all":
+        _check_draws(run)
+
+
+def _check_draws(run: config.Run) -> None:
+    """Raise a UsageError for flags that do not go with what is to be trained, as it draws at random or does not."""
+    name, kind = run.defense.name, look_up(DEFENSES, run.defense.name, "defense")
+    is_random = kind.draws_at_random(run.defense)
+    if run.export.diagnostics and not is_random:
+        raise UsageError(f"--export_diagnostics is for models that draw at random, which {name} is not")
+    refused = [f"--evaluate_{block}" for block in FIGURES if getattr(run.evaluate, block)]
+    refused += ["--detector_name, --evaluate_open_set or --evaluate_ood"] if recognition.names_of(run) else []
+    if is_random and refused:
+        raise UsageError(f"{refused[0]} needs a model that draws nothing at random, but {name} does")
 
 
 def assess(

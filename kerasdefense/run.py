@@ -26,7 +26,7 @@ from kerasdefense.evaluation.batches import first_images
 from kerasdefense.evaluation.digests import of_file
 from kerasdefense.files import write_text
 from kerasdefense.training import MODEL
-from kerasdefense.types import InputError, UsageError, look_up
+from kerasdefense.types import InputError, UsageError
 
 _FEW = 8
 """Test images on which a preprocessor is checked before anything is measured through it."""
@@ -71,29 +71,6 @@ def load_defense(run: config.Run, splits: Splits) -> Defense:
             f"{path} takes images {shape} of {classes} classes, but {found}; use its data set or another run_dir"
         )
     return defense
-
-
-def check(run: config.Run) -> None:
-    """Raise a UsageError for flags of evaluation and export that do not go together, before anything is trained."""
-    oblivious.chosen(run.evaluate.oblivious_attacks)
-    if run.evaluate.preprocessor and run.mode != "evaluate":
-        raise UsageError(f"--evaluate_preprocessor goes with --mode=evaluate, not with --mode={run.mode}")
-    if run.evaluate.preprocessor and run.evaluate.card:
-        raise UsageError("--evaluate_card is of the model alone; evaluate it without --evaluate_preprocessor")
-    if run.mode == "all":
-        _check_draws(run)
-
-
-def _check_draws(run: config.Run) -> None:
-    """Raise a UsageError for flags that do not go with what is to be trained, as it draws at random or does not."""
-    name, kind = run.defense.name, look_up(DEFENSES, run.defense.name, "defense")
-    is_random = kind.draws_at_random(run.defense)
-    if run.export.diagnostics and not is_random:
-        raise UsageError(f"--export_diagnostics is for models that draw at random, which {name} is not")
-    refused = [f"--evaluate_{block}" for block in assess.FIGURES if getattr(run.evaluate, block)]
-    refused += ["--detector_name, --evaluate_open_set or --evaluate_ood"] if recognition.names_of(run) else []
-    if is_random and refused:
-        raise UsageError(f"{refused[0]} needs a model that draws nothing at random, but {name} does")
 
 
 def evaluate(run: config.Run, splits: Splits, console: Console) -> dict[str, Any]:
@@ -267,7 +244,7 @@ def execute(run: config.Run, console: Console) -> int:
     splits = data.load(run.data)
     if run.mode in ("all", "evaluate"):
         recognition.check(run, splits)
-        check(run)
+        assess.check(run)
     if run.dry_run:
         print(describe(run, splits))
         return 0

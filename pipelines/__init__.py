@@ -15,6 +15,6 @@ def __getattr__(name: str) -> Any:
     """Return the type of artifact that Kubeflow looks for here, without importing TFX in workers that need none."""
     if name != "RobustnessReport":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from pipelines.components.robustness_evaluator import RobustnessReport
+    from pipelines.components.report import RobustnessReport
 
     return RobustnessReport

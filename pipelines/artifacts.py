@@ -50,6 +50,9 @@ def images_in(folder: Path) -> Images:
         InputError: a split or the class names are missing, or not one image can be read.
     """
     splits = split_folders(str(folder))
+    for split, path in splits.items():
+        if not tf.io.gfile.glob(f"{path}/*"):
+            raise InputError(f"{path}: has no files; the split {split} needs TFRecord files of examples")
     labels = read_labels(str(folder / LABELS))
     if (folder / ABOUT).is_file():
         about = read_about(folder)
@@ -102,12 +105,11 @@ def digest_of(splits: Splits) -> str:
     return digest.hexdigest()
 
 
-def copy_folder(source: Path, target: str) -> None:
-    """Copy a folder of this machine with all that is in it; `target` may be remote."""
-    for path in sorted(source.rglob("*")):
-        place = f"{target.rstrip('/')}/{path.relative_to(source).as_posix()}"
-        if path.is_dir():
-            tf.io.gfile.makedirs(place)
-        else:
-            tf.io.gfile.makedirs(place.rsplit("/", 1)[0])
-            tf.io.gfile.copy(str(path), place, overwrite=True)
+def copy_folder(source: str, target: str) -> None:
+    """Copy a folder with all that is in it; both may be remote."""
+    source, target = source.rstrip("/"), target.rstrip("/")
+    for folder, _, files in tf.io.gfile.walk(source):
+        place = f"{target}{folder.rstrip('/')[len(source) :]}"
+        tf.io.gfile.makedirs(place)
+        for file in files:
+            tf.io.gfile.copy(f"{folder.rstrip('/')}/{file}", f"{place}/{file}", overwrite=True)

@@ -18,6 +18,10 @@ LEAST_PAIRS = 200
 """Images on which two models are compared at least; on fewer a loss of ten points may go unseen."""
 
 
+_NOT_IN_PIPELINES = ("model", "preprocessor", "endpoint", "card", "minutes")
+"""Flags of evaluation that concern another model than the one that is trained, or cut its evaluation short."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Condition:
     """What was asked, whether it holds, and what was found."""
@@ -43,8 +47,11 @@ def check_gate(run: config.Run) -> None:
             f"--gate_robust_accuracy={gate.robust_accuracy:g} is above --gate_clean_accuracy={gate.clean_accuracy:g}, "
             "but no model is right on more images under attack than without"
         )
-    if gate.auroc and not (run.detector.name or run.evaluate.open_set or run.evaluate.ood):
-        raise UsageError("--gate_auroc needs a detector: pass --detector_name, and unknown images to measure it on")
+    if gate.auroc and not (run.evaluate.open_set or run.evaluate.ood):
+        raise UsageError("--gate_auroc needs unknown images: pass --evaluate_open_set or --evaluate_ood")
+    for name in _NOT_IN_PIPELINES:
+        if getattr(run.evaluate, name):
+            raise UsageError(f"--evaluate_{name} is for kerasdefense.run: a pipeline measures the model that it pushes")
     if not run.evaluate.sanity_examples:
         raise UsageError("a pipeline asks for a clean sanity battery: --evaluate_sanity_examples must be above 0")
 

@@ -30,13 +30,20 @@ class Step(NamedTuple):
     outputs: dict[str, list[mlmd.Artifact]]
 
 
-def open_store(path: Path) -> MetadataStore:
-    """Open the SQLite store at a path, a new one where there is none.
+def open_store(path: Path, *, new: bool = False) -> MetadataStore:
+    """Open the SQLite store at a path.
+
+    Args:
+        path: the file.
+        new: whether it is made where there is none.
 
     Raises:
-        InputError: it is no store of this version of ML Metadata.
+        InputError: there is none, or it is none of this version of ML Metadata.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if new:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    elif not path.is_file():
+        raise InputError(f"there is no {path}: there was no run of this pipeline yet, or it has another --root")
     connection = mlmd.ConnectionConfig()
     connection.sqlite.filename_uri = str(path)
     connection.sqlite.connection_mode = mlmd.SqliteMetadataSourceConfig.READWRITE_OPENCREATE

@@ -11,6 +11,8 @@ one that was blessed. Exit code 3 where a model was not blessed and nothing was 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import logging
 import os
 import sys
@@ -22,8 +24,9 @@ from absl import logging as absl_logging
 from rich.console import Console
 from tfx.orchestration.local.local_dag_runner import LocalDagRunner
 
-from kerasdefense import config, data, flags
+from kerasdefense import assess, config, data, flags, recognition
 from kerasdefense.boundary import guarded
+from kerasdefense.export.saved_model import versions_of
 from pipelines import jobs, lineage
 from pipelines.artifacts import Images, images_in
 from pipelines.evaluate import of_package
@@ -58,19 +61,19 @@ def main(arguments: Sequence[str]) -> int:
     run = flags.parse([*ours, "--mode=all"])
     root = Path(own.root or f"runs/{run.data.name}/pipeline").expanduser().resolve()
     console = Console()
-    store = lineage.open_store(root / METADATA)
     if own.lineage:
-        lineage.show(store, console)
+        lineage.show(lineage.open_store(root / METADATA), console)
         return 0
     check_gate(run)
+    assess.check(run)
+    lineage.open_store(root / METADATA, new=True)
     if flags.verbosity(arguments) < 1:
         be_quiet()
-    examples = Path(own.examples or root / EXAMPLES).expanduser().resolve()
-    if not own.examples:
-        write_examples(data.load(run.data), examples)
-    push = Path(own.push_dir or root / PUSHED / run.data.name).expanduser().resolve()
-    places = Places(str(root / "artifacts"), str(push), str(root / STATE))
-    pushed, verdict = execute(run, images_in(examples), places, root / METADATA, beam_arguments)
+    images = images_in(examples_of(run, own.examples, root))
+    push = Path(own.push_dir or root / PUSHED / images.name).expanduser().resolve()
+    there = tuple(str(number) for number in versions_of(push))
+    places = Places(str(root / "artifacts"), str(push), str(root / STATE), there)
+    pushed, verdict = execute(run, images, places, root / METADATA, beam_arguments)
     console.print(verdict, markup=False, highlight=False, soft_wrap=True)
     if pushed is None:
         return NOT_BLESSED
@@ -78,14 +81,33 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def examples_of(run: config.Run, given: str, root: Path) -> Path:
+    """Return the folder of a pipeline's examples, written from the run's data set where none is given."""
+    if given:
+        return Path(given).expanduser().resolve()
+    splits = data.load(run.data)
+    recognition.check(run, splits)
+    return write_examples(splits, root / EXAMPLES).folder
+
+
 def execute(
     run: config.Run, images: Images, places: Places, metadata_path: Path, beam_arguments: Sequence[str]
 ) -> tuple[Optional[str], str]:
-    """Run the pipeline in this process; return where it pushed the model, None where it did not, and why."""
-    name = "-".join(metadata_path.parent.parts[-2:])
+    """Run the pipeline in this process; return where it pushed the model, None where it did not, and why.
+
+    Models of other classes or image sizes are another pipeline's, also where they share its folders.
+    """
+    known = hashlib.sha256(json.dumps([images.labels, images.shape]).encode()).hexdigest()[:8]
     del sys.argv[1:]  # TFX's executors read them as flags of their own, and would miss files that ours include
     LocalDagRunner().run(
-        create_pipeline(name, run, images, places, beam_arguments=beam_arguments, metadata_path=str(metadata_path))
+        create_pipeline(
+            f"{images.name}-{known}",
+            run,
+            images,
+            places,
+            beam_arguments=beam_arguments,
+            metadata_path=str(metadata_path),
+        )
     )
     return lineage.outcome(lineage.open_store(metadata_path))
 

@@ -20,7 +20,8 @@ from kerasdefense import config, flags
 from pipelines.artifacts import Images
 from pipelines.components.example_validator import SHARES, ImageExampleValidator
 from pipelines.components.pusher import Pusher
-from pipelines.components.robustness_evaluator import BLESSED, RobustnessEvaluator
+from pipelines.components.report import BLESSED
+from pipelines.components.robustness_evaluator import RobustnessEvaluator
 from pipelines.gate import check_gate
 from pipelines.resolving import CANDIDATE, LatestOtherBlessedModel
 
@@ -37,11 +38,13 @@ class Places:
         root: folder of all artifacts.
         push: folder that a server watches; a version is pushed into it.
         state: folder of what is kept for a run that was stopped, and of outcomes by model and images.
+        there: versions in the push folder now, which a cached push may not be among; none where that is not known.
     """
 
     root: str
     push: str
     state: str
+    there: tuple[str, ...] = ()
 
 
 def create_pipeline(
@@ -74,72 +77,83 @@ def create_pipeline(
         UsageError: thresholds that are missing or contradict each other.
     """
     check_gate(run)
-    lines = flags.to_lines(dataclasses.replace(run, run_dir="", mode="all", progress=False))
     example_gen = ImportExampleGen(input_base=images.folder, input_config=_input_config(images.splits))
     examples = example_gen.outputs["examples"]
-    statistics_gen = StatisticsGen(examples=examples)
-    schema_gen = SchemaGen(statistics=statistics_gen.outputs["statistics"], infer_feature_shape=True)
-    validator = ImageExampleValidator(
-        examples=examples,
-        statistics=statistics_gen.outputs["statistics"],
-        schema=schema_gen.outputs["schema"],
-        image_shape=images.shape,
-        classes=len(images.labels),
-        max_label_shift=run.gate.label_shift,
-        state_dir=f"{places.state}/anomalies",
-        reference=f"{places.state}/{BLESSED}/{SHARES}",
-    )
-    trainer = Trainer(
-        run_fn=TRAINER,
-        examples=examples,
-        train_args=trainer_pb2.TrainArgs(splits=["train"]),
-        eval_args=trainer_pb2.EvalArgs(splits=["eval"]),
-        custom_config={
-            "flags": lines,
-            "labels": list(images.labels),
-            "data_name": images.name,
-            "state_dir": f"{places.state}/training",
-        },
-    )
-    trainer.add_upstream_node(validator)
+    validation = _validation(examples, run.gate.label_shift, images, places)
+    trainer = _trainer(examples, run, images, places)
+    trainer.add_upstream_node(validation[-1])
     model = trainer.outputs["model"]
     resolver = _resolver(model, is_own=own_resolver)
-    evaluator = Evaluator(
-        examples=examples,
-        model=model,
-        eval_config=eval_config(run.gate.clean_accuracy if own_resolver else None),
-        example_splits=["eval"],
-    )
+    bound = run.gate.clean_accuracy if own_resolver else None
+    evaluator = Evaluator(examples=examples, model=model, eval_config=eval_config(bound), example_splits=["eval"])
     robustness = RobustnessEvaluator(
         examples,
         model,
         baseline_model=resolver.outputs["model"],
         evaluator_blessing=evaluator.outputs["blessing"] if own_resolver else None,
         settings={
-            "flags": json.dumps(lines),
+            "flags": json.dumps(_lines(run)),
             "labels": json.dumps(images.labels),
             "data_name": images.name,
             "state_dir": places.state,
             "threads": 1,
         },
     )
+    outputs = robustness.outputs
     pusher = Pusher(
-        model,
-        model_blessing=robustness.outputs["blessing"],
-        report=robustness.outputs["report"],
-        folder=places.push,
+        model, model_blessing=outputs["blessing"], report=outputs["report"], folder=places.push, there=places.there
     )
-    components: list[Any] = [example_gen, statistics_gen, schema_gen, validator, trainer]
-    components += [resolver, evaluator, robustness, pusher]
     return Pipeline(
         pipeline_name=name,
         pipeline_root=places.root,
-        components=components,
+        components=[example_gen, *validation, trainer, resolver, evaluator, robustness, pusher],
         enable_cache=True,
         metadata_connection_config=(
             None if metadata_path is None else metadata.sqlite_metadata_connection_config(metadata_path)
         ),
         beam_pipeline_args=[*beam_arguments],
+    )
+
+
+def _lines(run: config.Run) -> list[str]:
+    return flags.to_lines(dataclasses.replace(run, run_dir="", mode="all", progress=False))
+
+
+def _validation(examples: BaseChannel, label_shift: float, images: Images, places: Places) -> list[Any]:
+    """Return the steps that look at the examples, the last one of which stops the pipeline."""
+    statistics_gen = StatisticsGen(examples=examples)
+    statistics = statistics_gen.outputs["statistics"]
+    schema_gen = SchemaGen(statistics=statistics, infer_feature_shape=True)
+    validator = ImageExampleValidator(
+        examples=examples,
+        statistics=statistics,
+        schema=schema_gen.outputs["schema"],
+        image_shape=images.shape,
+        classes=len(images.labels),
+        max_label_shift=label_shift,
+        state_dir=f"{places.state}/anomalies",
+        reference=f"{places.state}/{BLESSED}/{SHARES}",
+    )
+    return [statistics_gen, schema_gen, validator]
+
+
+def _trainer(examples: BaseChannel, run: config.Run, images: Images, places: Places) -> Trainer:
+    """Return the step that trains, which other thresholds or attacks of the evaluation do not repeat."""
+    wanted = run.evaluate
+    fitted = config.Evaluate(
+        open_set=wanted.open_set, ood=wanted.ood, seed=wanted.seed, chunk_size=wanted.chunk_size
+    )  # detectors
+    return Trainer(
+        run_fn=TRAINER,
+        examples=examples,
+        train_args=trainer_pb2.TrainArgs(splits=["train"]),
+        eval_args=trainer_pb2.EvalArgs(splits=["eval"]),
+        custom_config={
+            "flags": _lines(dataclasses.replace(run, evaluate=fitted, gate=config.Gate())),
+            "labels": list(images.labels),
+            "data_name": images.name,
+            "state_dir": f"{places.state}/training",
+        },
     )
 
 

@@ -43,12 +43,12 @@ def run_fn(fn_args: Any) -> None:
     training.train(run, splits, run_dir)
     write_text(run_dir / flags.CONFIG, "\n".join(flags.to_lines(run)) + "\n")
     version = export_trained(dataclasses.replace(run, run_dir=str(run_dir)), splits)
-    copy_folder(version, fn_args.serving_model_dir)
+    copy_folder(str(version), fn_args.serving_model_dir)
     uri = fn_args.serving_model_dir.rstrip("/").rsplit("/", 1)[0]
     tf.io.gfile.copy(str(run_dir / MODEL), model_file(uri), overwrite=True)
     for name in _KEPT:
         if (run_dir / name).is_dir():
-            copy_folder(run_dir / name, f"{fn_args.model_run_dir}/{name}")
+            copy_folder(str(run_dir / name), f"{fn_args.model_run_dir}/{name}")
         elif (run_dir / name).is_file():
             tf.io.gfile.copy(str(run_dir / name), f"{fn_args.model_run_dir}/{name}", overwrite=True)
     shutil.rmtree(run_dir)

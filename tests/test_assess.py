@@ -284,7 +284,7 @@ def test_flags_of_a_preprocessor_that_do_not_go_together_are_one_line(arguments,
 
 def test_diagnostics_are_refused_before_a_model_that_draws_nothing_is_trained():
     with pytest.raises(UsageError, match="--export_diagnostics is for models that draw at random, which standard is"):
-        run.check(config.Run(export=config.Export(diagnostics=True)))
+        assess.check(config.Run(export=config.Export(diagnostics=True)))
 
 
 def test_softmax_model_is_evaluated_when_it_is_converted(tmp_path):

@@ -119,3 +119,19 @@ def test_ci_run_calls_check_and_test_and_returns_their_code(tmp_path, monkeypatc
     assert result.returncode == code
     assert result.stdout.startswith(f"{ROOT}: ")
     assert result.stdout.split()[-3:] == ["check", "test", "test-pipeline"]
+
+
+@pytest.mark.parametrize(
+    ("goal", "command"),
+    [
+        ("check", "-m benchmarks.accelerator"),
+        ("check", "ruff format --check"),
+        ("check", "mypy"),
+        ("gpu-check", "-m benchmarks.accelerator"),
+        ("test-pipeline", "-m pipeline"),
+        ("test", "--cov"),
+    ],
+)
+def test_each_verb_runs_its_own_command(project, goal, command):
+    told = make(project, "-n", goal)
+    assert told.stderr == "" and (command in told.stdout) == ((goal, command) != ("check", "-m benchmarks.accelerator"))

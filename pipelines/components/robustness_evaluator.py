@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Optional
 
-import numpy as np
 import tensorflow as tf
 from rich.console import Console
 from tfx import types
 from tfx.components.evaluator import constants
 from tfx.dsl.components.base import base_beam_component, base_beam_executor, executor_spec
-from tfx.types import artifact, artifact_utils, standard_artifacts
+from tfx.types import artifact_utils, standard_artifacts
 from tfx.types.component_spec import ChannelParameter, ComponentSpec, ExecutionParameter
 
 from kerasdefense import assess, config, evaluation, flags
@@ -23,26 +24,11 @@ from kerasdefense.data import Splits
 from kerasdefense.data.examples import split_folders
 from kerasdefense.evaluation import read_outcomes, read_results
 from kerasdefense.evaluation.recorded import Outcomes
-from kerasdefense.files import write_json
 from pipelines import gate, jobs
 from pipelines.artifacts import copy_folder, digest_of, model_file, read_splits
 from pipelines.blocks import local
-from pipelines.components.example_validator import SHARES
+from pipelines.components.report import RobustnessReport, write_blessing, write_label_shares, write_report
 from pipelines.evaluate import SHARDS, Workers, check_keyed, evaluate, work_line
-
-BLESSED = "blessed"
-"""Folder of the state for what was blessed last."""
-GATE = "gate.json"
-"""The conditions of a push and what became of them, in the report."""
-
-
-class RobustnessReport(artifact.Artifact):
-    """What an evaluation found: results.json, report.html, gate.json, and the shards with adversarial images.
-
-    Its custom properties are `clean_accuracy`, `robust_accuracy`, `verdict`, and `shards`, where these are kept.
-    """
-
-    TYPE_NAME = "pipelines.RobustnessReport"  # which Kubeflow imports it by
 
 
 class RobustnessEvaluatorSpec(ComponentSpec):
@@ -65,6 +51,24 @@ class RobustnessEvaluatorSpec(ComponentSpec):
         "report": ChannelParameter(type=RobustnessReport),
         "blessing": ChannelParameter(type=standard_artifacts.ModelBlessing),
     }
+
+
+class Subject(NamedTuple):
+    """What models are measured by, and on.
+
+    Attributes:
+        run: says how.
+        splits: the data.
+        examples: the artifact that they were read from.
+        state: where outcomes are kept.
+        threads: TensorFlow's in a worker process.
+    """
+
+    run: config.Run
+    splits: Splits
+    examples: str
+    state: str
+    threads: int
 
 
 class Measured(NamedTuple):
@@ -96,59 +100,55 @@ class Executor(base_beam_executor.BaseBeamExecutor):
                 TensorFlow's in a worker process.
         """
         self._log_startup(input_dict, output_dict, exec_properties)
-        run = flags.parse(json.loads(exec_properties["flags"]))
-        gate.check_gate(run)
-        root = artifact_utils.get_single_uri(input_dict["examples"])
-        splits = read_splits(run, root, labels=json.loads(exec_properties["labels"]), name=exec_properties["data_name"])
+        subject = _subject(artifact_utils.get_single_uri(input_dict["examples"]), exec_properties)
+        run = subject.run
         candidate = artifact_utils.get_single_instance(input_dict["model"])
         baseline = next(iter(input_dict.get("baseline_model") or []), None)
         console = Console()
-        measured = self._measure(run, splits, candidate.uri, root, exec_properties)
-        assess.show(measured.results, f"{run.defense.name} on {splits.name}", console)
-        before = self._baseline(run, splits, baseline, candidate, root, exec_properties)
+        measured = self._measure(subject, candidate.uri)
+        assess.show(measured.results, f"{run.defense.name} on {subject.splits.name}", console)
+        before = None
+        if baseline is not None and baseline.uri != candidate.uri:
+            before = self._measure(subject, baseline.uri).outcomes
         conditions = gate.judge(
             run, measured.results, measured.outcomes, baseline=before, is_evaluator_content=_content(input_dict)
         )
         gate.show(conditions, console)
-        report = artifact_utils.get_single_instance(output_dict["report"])
-        _write_report(report, measured, conditions)
+        write_report(
+            artifact_utils.get_single_instance(output_dict["report"]),
+            measured.run_dir / assess.FOLDER,
+            measured.shards,
+            results=measured.results,
+            conditions=conditions,
+            thresholds=run.gate,
+        )
+        is_blessed = gate.is_blessed(conditions)
         blessing = artifact_utils.get_single_instance(output_dict["blessing"])
-        _write_blessing(blessing, candidate, baseline, gate.is_blessed(conditions))
-        if gate.is_blessed(conditions):
-            _write_label_shares(splits, f"{exec_properties['state_dir'].rstrip('/')}/{BLESSED}")
+        write_blessing(blessing, candidate, baseline, is_blessed)
+        if is_blessed:
+            write_label_shares(subject.splits, subject.state)
 
-    def _baseline(
-        self,
-        run: config.Run,
-        splits: Splits,
-        baseline: Optional[types.Artifact],
-        candidate: types.Artifact,
-        root: str,
-        exec_properties: dict[str, Any],
-    ) -> Optional[Outcomes]:
-        """Return the outcomes of the last blessed model; None where there is none, or it is this one."""
-        if baseline is None or baseline.uri == candidate.uri:
-            return None
-        return self._measure(run, splits, baseline.uri, root, exec_properties).outcomes
-
-    def _measure(
-        self, run: config.Run, splits: Splits, uri: str, root: str, exec_properties: dict[str, Any]
-    ) -> Measured:
-        """Measure a model, or read what was found of it before."""
+    def _measure(self, subject: Subject, uri: str) -> Measured:
+        """Measure a model, or read what was found of it before by the same settings on the same images."""
+        run, splits = subject.run, subject.splits
         model = evaluation.load_model(local(model_file(uri)))._replace(name=run.defense.name)
         evaluation.check_fits(model, splits.image_shape, len(splits.labels), splits.name)
-        key = _key(run, splits, model.digest)
-        state = f"{exec_properties['state_dir'].rstrip('/')}/outcomes/{key}"
-        run_dir = Path(tempfile.mkdtemp(prefix="kerasdefense-report-") if "://" in state else state)
-        shards = f"{state}/{SHARDS}"
-        if (run_dir / assess.RESULTS).is_file():
+        state = f"{subject.state}/outcomes/{_key(run, splits, model.digest)}"
+        shards, is_remote = f"{state}/{SHARDS}", "://" in state
+        run_dir = Path(_temporary() if is_remote else state)
+        finished = tf.io.gfile.exists(f"{state}/{assess.REPORT}")  # which is written last
+        if finished and run.evaluate.resume != "never":
+            if is_remote:
+                copy_folder(f"{state}/{assess.FOLDER}", str(run_dir / assess.FOLDER))
             return Measured(read_results(run_dir), read_outcomes(run_dir), run_dir, shards)
         wanted = dataclasses.replace(run.evaluate, model=model_file(uri))
         run = dataclasses.replace(run, run_dir=str(run_dir), evaluate=wanted, progress=False)
-        files = [f"{split_folders(root)['eval']}/*"]
+        files = [f"{split_folders(subject.examples)['eval']}/*"]
         check_keyed(files)
-        found = evaluate(run, splits, model, files, self._workers(shards, exec_properties["threads"]))
+        found = evaluate(run, splits, model, files, self._workers(shards, subject.threads))
         print(work_line(found.work, found.results["clean_accuracy"]["n"]))
+        if is_remote:
+            copy_folder(str(run_dir / assess.FOLDER), f"{state}/{assess.FOLDER}")
         return Measured(found.results, read_outcomes(run_dir), run_dir, shards)
 
     def _workers(self, shards: str, threads: int) -> Workers:
@@ -202,6 +202,26 @@ class RobustnessEvaluator(base_beam_component.BaseBeamComponent):
         super().__init__(spec=spec)
 
 
+def _subject(examples: str, exec_properties: dict[str, Any]) -> Subject:
+    run = attacked_alike(flags.parse(json.loads(exec_properties["flags"])))
+    gate.check_gate(run)
+    labels, name = json.loads(exec_properties["labels"]), exec_properties["data_name"]
+    splits = read_splits(run, examples, labels=labels, name=name)
+    return Subject(run, splits, examples, exec_properties["state_dir"].rstrip("/"), exec_properties["threads"])
+
+
+def attacked_alike(run: config.Run) -> config.Run:
+    """Return the run with the ball of its attacks said, so that no model is attacked in one of its own."""
+    norm, epsilon = run.evaluate.norm or run.attack.norm, run.evaluate.epsilon or run.attack.epsilon
+    return dataclasses.replace(run, evaluate=dataclasses.replace(run.evaluate, norm=norm, epsilon=epsilon))
+
+
+def _temporary() -> str:
+    folder = tempfile.mkdtemp(prefix="kerasdefense-report-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def _key(run: config.Run, splits: Splits, digest: str) -> str:
     """Return the name of the folder for what was found of a model on these images by these settings."""
     asked = [dataclasses.asdict(part) for part in (run.evaluate, run.detector)]
@@ -214,44 +234,3 @@ def _content(input_dict: dict[str, list[types.Artifact]]) -> Optional[bool]:
     if not given:
         return None
     return given[0].get_int_custom_property(constants.ARTIFACT_PROPERTY_BLESSED_KEY) == constants.BLESSED_VALUE
-
-
-def _write_report(report: types.Artifact, measured: Measured, conditions: list[gate.Condition]) -> None:
-    """Copy what an evaluation left into the artifact, shards included, with the conditions of the gate."""
-    verdict = {"blessed": gate.is_blessed(conditions), "verdict": gate.verdict(conditions)}
-    write_json(
-        measured.run_dir / assess.FOLDER / GATE,
-        {**verdict, "conditions": [dataclasses.asdict(each) for each in conditions]},
-    )
-    copy_folder(measured.run_dir / assess.FOLDER, report.uri)
-    if "://" not in measured.shards:
-        copy_folder(Path(measured.shards), f"{report.uri}/{SHARDS}")
-    for name in ("clean_accuracy", "robust_accuracy"):
-        report.set_float_custom_property(name, float(measured.results[name]["value"]))
-    report.set_string_custom_property("verdict", verdict["verdict"])
-    report.set_string_custom_property(SHARDS, measured.shards)
-
-
-def _write_label_shares(splits: Splits, folder: str) -> None:
-    """Write how many training images of each class there are, those held out for validation included."""
-    label = np.concatenate([part.label[part.index] for part in (splits.train, splits.validation)])
-    tf.io.gfile.makedirs(folder)
-    with tf.io.gfile.GFile(f"{folder}/{SHARES}", "w") as file:
-        file.write(json.dumps({"train": np.bincount(label, minlength=len(splits.labels)).tolist()}))
-
-
-def _write_blessing(
-    blessing: types.Artifact, model: types.Artifact, baseline: Optional[types.Artifact], is_blessed: bool
-) -> None:
-    """Write a blessing as TFX's Evaluator does, for the Pusher and for resolvers."""
-    for role, each in (("CURRENT", model), ("BASELINE", baseline)):
-        if each is not None:
-            uri, number = (getattr(constants, f"ARTIFACT_PROPERTY_{role}_MODEL_{what}_KEY") for what in ("URI", "ID"))
-            blessing.set_string_custom_property(uri, each.uri)
-            blessing.set_int_custom_property(number, each.id)
-    value = constants.BLESSED_VALUE if is_blessed else constants.NOT_BLESSED_VALUE
-    name = constants.BLESSED_FILE_NAME if is_blessed else constants.NOT_BLESSED_FILE_NAME
-    blessing.set_int_custom_property(constants.ARTIFACT_PROPERTY_BLESSED_KEY, value)
-    tf.io.gfile.makedirs(blessing.uri)
-    with tf.io.gfile.GFile(f"{blessing.uri}/{name}", "w") as file:
-        file.write("")

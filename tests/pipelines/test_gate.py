@@ -112,13 +112,19 @@ def test_auroc_of_the_exported_detector_counts_by_its_lower_bound():
     [
         ({}, "a pipeline needs --gate_robust_accuracy"),
         ({"robust_accuracy": 0.8, "clean_accuracy": 0.7}, "robust_accuracy=0.8 is above --gate_clean_accuracy=0.7"),
-        ({"robust_accuracy": 0.5, "auroc": 0.9}, "--gate_auroc needs a detector"),
+        ({"robust_accuracy": 0.5, "auroc": 0.9}, "--gate_auroc needs unknown images"),
         ({"robust_accuracy": 1.0}, "cannot be reached"),
     ],
 )
 def test_thresholds_that_cannot_be_are_refused(thresholds, message):
     with pytest.raises(UsageError, match=message):
         gate.check_gate(config.Run(gate=config.Gate(**thresholds)))
+
+
+@pytest.mark.parametrize("wanted", [{"preprocessor": "jpeg"}, {"minutes": 1.0}, {"model": "other.keras"}])
+def test_evaluation_of_another_model_or_part_is_refused(wanted):
+    with pytest.raises(UsageError, match="a pipeline measures the model that it pushes"):
+        gate.check_gate(config.Run(gate=GATE, evaluate=config.Evaluate(**wanted)))
 
 
 def test_pipeline_without_a_sanity_battery_is_refused():

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 
 from kerasdefense import boundary, config, data, integrity
 from pipelines import lineage, local_runner
-from pipelines.components.robustness_evaluator import GATE
+from pipelines.components.report import GATE
 from pipelines.evaluate import SHARDS
 from pipelines.examples import write_examples
 
@@ -138,31 +138,51 @@ def test_broken_examples_stop_the_run_before_training(broken, tmp_path):
     assert versions(tmp_path) == [] and not (tmp_path / "artifacts/Trainer").exists()
 
 
+@pytest.fixture(scope="module")
+def strange(tmp_path_factory):
+    """Folders that are wrong in one way each, with a version that was pushed before in all."""
+    root = tmp_path_factory.mktemp("strange")
+    for name in ("pushed", "empty", "none", "later", "few"):
+        version = root / name / "pushed/digits/1"
+        version.mkdir(parents=True)
+        (version / "saved_model.pb").write_bytes(b"of before")
+    for split in ("train", "eval"):
+        (root / "empty/examples" / split).mkdir(parents=True)
+        (root / "few/examples" / split).mkdir(parents=True)
+        with tf.io.TFRecordWriter(str(root / f"few/examples/{split}/a.tfrecord")) as writer:
+            writer.write(tf.train.Example().SerializeToString())
+    for name in ("empty", "few"):
+        (root / name / "examples/labels.txt").write_text("0\n1\n")
+    (root / "none" / local_runner.METADATA).write_bytes(b"SQLite format 4" + bytes(4096))
+    lineage.open_store(root / "later" / local_runner.METADATA, new=True)
+    with contextlib.closing(sqlite3.connect(root / "later" / local_runner.METADATA)) as later, later:
+        later.execute("UPDATE MLMDEnv SET schema_version = 99")
+    return root
+
+
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("name", "given", "words"),
     [
-        (["--flagfile=configs/digits/nothing.cfg"], "cannot read flag file"),
-        ([f"--flagfile={ROBUST}", "--gate_robust_accuracy=0.95"], "is above --gate_clean_accuracy=0.9"),
-        ([f"--flagfile={ROBUST}", "--gate_robust_accuracy=0"], "a pipeline needs --gate_robust_accuracy"),
-        ([f"--flagfile={ROBUST}", "--gate_robust=0.5"], "unknown flag --gate_robust"),
-        ([f"--flagfile={ROBUST}", "--lineage"], "there was no run of this pipeline yet"),
-        ([f"--flagfile={ROBUST}", "--examples=EMPTY"], "has no train/"),
-        ([f"--flagfile={ROBUST}", "--root=NONE"], "is no metadata store that this version of ML Metadata reads (Error"),
-        ([f"--flagfile={ROBUST}", "--root=LATER"], "is no metadata store that this version of ML Metadata reads (MLMD"),
+        ("pushed", ["--flagfile=configs/digits/nothing.cfg"], "cannot read flag file"),
+        ("pushed", ["--gate_robust_accuracy=0.95"], "is above --gate_clean_accuracy=0.9"),
+        ("pushed", ["--gate_robust_accuracy=0"], "a pipeline needs --gate_robust_accuracy"),
+        ("pushed", ["--gate_robust=0.5"], "unknown flag --gate_robust"),
+        ("pushed", ["--evaluate_preprocessor=jpeg"], "a pipeline measures the model that it pushes"),
+        ("pushed", ["--gate_auroc=0.5"], "--gate_auroc needs unknown images"),
+        ("pushed", ["--lineage"], "there was no run of this pipeline yet"),
+        ("empty", ["--examples=ROOT/examples"], "has no files; the split"),
+        ("few", ["--examples=ROOT/examples"], "holds no example with a readable image"),
+        ("none", [], "is no metadata store that this version of ML Metadata reads (Error"),
+        ("later", [], "is no metadata store that this version of ML Metadata reads (MLMD"),
     ],
 )
-def test_bad_input_is_one_line_and_pushes_nothing(given, words, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line_and_leaves_what_was_pushed(name, given, words, strange, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    for name in ("empty", "none", "later"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "none" / local_runner.METADATA).write_bytes(b"SQLite format 4" + bytes(4096))
-    lineage.open_store(tmp_path / "later" / local_runner.METADATA)
-    with contextlib.closing(sqlite3.connect(tmp_path / "later" / local_runner.METADATA)) as later, later:
-        later.execute("UPDATE MLMDEnv SET schema_version = 99")
-    for name in ("empty", "none", "later"):
-        given = [each.replace(name.upper(), f"{tmp_path}/{name}") for each in given]
-    roots = [] if any("--root" in each for each in given) else [f"--root={tmp_path}/root"]
-    assert boundary.guarded(lambda: local_runner.main([*given, *roots])) in (1, 2)
+    monkeypatch.setattr(local_runner, "be_quiet", lambda: None)
+    root = strange / name
+    before = {path: path.stat().st_mtime_ns for path in (root / "pushed").rglob("*")}
+    arguments = [f"--flagfile={ROBUST}", f"--root={root}", *(each.replace("ROOT", str(root)) for each in given)]
+    assert boundary.guarded(lambda: local_runner.main(arguments)) in (1, 2)
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1 and words in errors
-    assert not list(tmp_path.rglob("pushed"))
+    assert before and {path: path.stat().st_mtime_ns for path in (root / "pushed").rglob("*")} == before

@@ -43,10 +43,20 @@ def test_pusher_takes_the_blessing_of_our_evaluator(made):
 
 
 def test_trainer_and_evaluator_get_one_run(made):
-    given = json.loads(made["Trainer"].exec_properties["custom_config"])["flags"]
-    assert json.loads(made["RobustnessEvaluator"].exec_properties["flags"]) == given
-    parsed = flags.parse(given)
-    assert dataclasses.replace(parsed, run_dir="", progress=True) == dataclasses.replace(RUN, run_dir="")
+    trained = flags.parse(json.loads(made["Trainer"].exec_properties["custom_config"])["flags"])
+    attacked = flags.parse(json.loads(made["RobustnessEvaluator"].exec_properties["flags"]))
+    same = {"run_dir": "", "progress": True}
+    assert dataclasses.replace(attacked, **same) == dataclasses.replace(RUN, **same)
+    others = {"evaluate": RUN.evaluate, "gate": RUN.gate}
+    assert dataclasses.replace(trained, **same, **others) == dataclasses.replace(RUN, **same)
+
+
+def test_other_thresholds_and_attacks_do_not_train_again(made):
+    wanted = {"gate": config.Gate(robust_accuracy=0.1), "evaluate": config.Evaluate(suite="quick", examples=300)}
+    pipeline = create_pipeline("digits", dataclasses.replace(RUN, **wanted), IMAGES, PLACES)
+    others = {component.id: component for component in pipeline.components}
+    assert others["Trainer"].exec_properties == made["Trainer"].exec_properties
+    assert others["RobustnessEvaluator"].exec_properties != made["RobustnessEvaluator"].exec_properties
 
 
 def test_evaluator_measures_by_class_and_bounds_the_whole():
@@ -91,6 +101,10 @@ def test_candidate_is_held_against_the_last_other_blessed_model():
         return [each.id for each in found["model"]]
 
     assert (resolved(3), resolved(2), resolved(1)) == ([1], [3], [3])
+    blessings.append(artifact(standard_artifacts.ModelBlessing, 20, current_model_id=1, blessed=1))  # again, and last
+    assert (resolved(2), resolved(1)) == ([1], [3])
+    blessings.append(artifact(standard_artifacts.ModelBlessing, 21, current_model_id=3, blessed=0))  # no longer
+    assert (resolved(2), resolved(1)) == ([1], [])
     nothing = {"model": models[:1], "model_blessing": blessings[:1], "candidate": models[:1]}
     assert resolving.LatestOtherBlessedModel().resolve_artifacts(None, nothing)["model"] == []
 
