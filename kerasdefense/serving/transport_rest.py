@@ -88,11 +88,12 @@ class RESTTransport:
     def _ask(self, address: str, body: Optional[bytes], timeout: float) -> dict[str, Any]:
         """Return what the server answers to a GET, or to a POST of a body."""
         deadline = time.monotonic() + timeout
+        limit: Any = urllib3.Timeout(total=timeout)  # a number would be for connecting, and once more for the answer
         try:
             with self._session() as session:
                 method, headers = ("GET", {}) if body is None else ("POST", {"Content-Type": "application/json"})
                 with session.request(
-                    method, address, data=body, headers=headers, timeout=timeout, stream=True, allow_redirects=False
+                    method, address, data=body, headers=headers, timeout=limit, stream=True, allow_redirects=False
                 ) as answer:
                     content = _body(answer, deadline)
         except requests.RequestException as error:
@@ -127,7 +128,12 @@ class RESTTransport:
 
 def _body(answer: requests.Response, deadline: float) -> bytes:
     """Return an answer's body, of what came before the deadline; requests itself only limits the time between bytes."""
-    watch = threading.Timer(max(0.0, deadline - time.monotonic()), answer.raw.shutdown)
+
+    def cut() -> None:
+        with contextlib.suppress(RuntimeError):  # it has been read to its end just now
+            answer.raw.shutdown()
+
+    watch = threading.Timer(max(0.0, deadline - time.monotonic()), cut)
     watch.start()
     try:
         return answer.content

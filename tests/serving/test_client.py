@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 from PIL import Image
+from urllib3.util import connection
 
 from kerasdefense.serving import (
     Client,
@@ -20,6 +21,7 @@ from kerasdefense.serving import (
     NotFoundError,
     ServingError,
     UnavailableError,
+    transport_rest,
 )
 from kerasdefense.serving.retries import pause
 from kerasdefense.types import InputError, UsageError
@@ -272,6 +274,43 @@ def test_answer_that_trickles_is_cut_at_the_deadline(digits):
         stop.set()
         thread.join()
         server.server_close()
+
+
+def test_deadline_is_of_connecting_and_answering_together(digits, monkeypatch):
+    connect = connection.create_connection
+
+    def slowly(*arguments, **settings):
+        time.sleep(0.8)
+        return connect(*arguments, **settings)
+
+    monkeypatch.setattr(connection, "create_connection", slowly)
+    with serving(digits.folder, fault=lambda number: 3.0) as server:
+        started = time.monotonic()
+        with Client(server.rest, timeout=1.2) as client, pytest.raises(DeadlineError):
+            client.predict(digits.image[:1])
+        assert 1.1 < time.monotonic() - started < 1.7
+
+
+def test_answer_that_ends_as_the_deadline_passes_is_read_in_silence(monkeypatch):
+    raised, cut = [], threading.Event()
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+
+    class Released:
+        @property
+        def raw(self):
+            return self
+
+        def shutdown(self):
+            cut.set()
+            raise RuntimeError("Cannot shutdown as connection has already been released to the pool")
+
+        @property
+        def content(self):
+            assert cut.wait(5)
+            return b"whole"
+
+    assert transport_rest._body(Released(), time.monotonic()) == b"whole"
+    assert not raised
 
 
 @pytest.mark.parametrize("way", ["grpc", "rest"])
