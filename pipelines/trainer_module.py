@@ -19,7 +19,7 @@ from kerasdefense.evaluation.digests import of_file
 from kerasdefense.files import write_text
 from kerasdefense.training import HISTORY, MODEL
 from kerasdefense.training.checkpoints import settings_of
-from pipelines.artifacts import copy_folder, model_file, read_splits
+from pipelines.artifacts import copy_folder, read_splits
 
 _KEPT = (HISTORY, flags.CONFIG, "tensorboard")
 """What of a training goes into the pipeline's model_run."""
@@ -33,7 +33,8 @@ def run_fn(fn_args: Any) -> None:
             is not looked at. `custom_config` has `flags` (the lines of a flag file), `labels` (class names in label
             order), `data_name` and `state_dir`, a folder of this machine where a training that was stopped goes on.
 
-    The model artifact gets the SavedModel, where TFX expects it, and `model.keras`, which attacks need.
+    The model artifact gets the SavedModel, where TFX expects it, `model.keras`, which attacks need, and perhaps
+    `classifier.keras`.
     """
     given = fn_args.custom_config
     run = flags.parse(given["flags"])
@@ -45,7 +46,9 @@ def run_fn(fn_args: Any) -> None:
     version = export_trained(dataclasses.replace(run, run_dir=str(run_dir)), splits)
     copy_folder(str(version), fn_args.serving_model_dir)
     uri = fn_args.serving_model_dir.rstrip("/").rsplit("/", 1)[0]
-    tf.io.gfile.copy(str(run_dir / MODEL), model_file(uri), overwrite=True)
+    for file in (run_dir / MODEL, version.parent / export.CLASSIFIER):
+        if file.is_file():
+            tf.io.gfile.copy(str(file), f"{uri}/{file.name}", overwrite=True)
     for name in _KEPT:
         if (run_dir / name).is_dir():
             copy_folder(str(run_dir / name), f"{fn_args.model_run_dir}/{name}")
@@ -55,7 +58,10 @@ def run_fn(fn_args: Any) -> None:
 
 
 def export_trained(run: config.Run, splits: Splits) -> Path:
-    """Return a version's folder of the trained model in a run directory, with the detector that the run asks for."""
+    """Return a version's folder of the trained model in a run directory, with the detector that the run asks for.
+
+    Beside it lies `classifier.keras`, where there can be one.
+    """
     path = Path(run.run_dir) / MODEL
     model = evaluation.load_model(path)
     recognition.fit(run, splits, model, model.threat_model or ThreatModel(run.attack.norm, run.attack.epsilon))
@@ -68,15 +74,17 @@ def export_trained(run: config.Run, splits: Splits) -> Path:
         versions=evaluation.versions(),
         reject=reject,
     )
-    return export.save(
-        keras.models.load_model(path),
-        path.parent / "saved_model",
-        labels=splits.labels,
-        version=0,
-        card=card,
-        reject=reject,
-        diagnostics=run.export.diagnostics,
-    )
+    defense, folder = keras.models.load_model(path), path.parent / export.OF_RUNS
+    with export.classifier_file(defense, folder) as card["keras_import"]:
+        return export.save(
+            defense,
+            folder,
+            labels=splits.labels,
+            version=0,
+            card=card,
+            reject=reject,
+            diagnostics=run.export.diagnostics,
+        )
 
 
 def _key(run: config.Run, splits: Splits, root: str) -> str:

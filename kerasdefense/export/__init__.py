@@ -2,13 +2,14 @@
 
 from kerasdefense.export.bundle import model_card, write_bundle
 from kerasdefense.export.card import card, check_card
-from kerasdefense.export.keras_file import classifier_file, load_model
+from kerasdefense.export.keras_file import CLASSIFIER, classifier_file, load_model
 from kerasdefense.export.publish import publish_figures, published, with_figures
 from kerasdefense.export.republish import republish
 from kerasdefense.export.saved_model import OF_RUNS, model_name, save
 from kerasdefense.export.signatures import SIGNATURES, serving_module
 
 __all__ = [
+    "CLASSIFIER",
     "OF_RUNS",
     "SIGNATURES",
     "card",

@@ -64,7 +64,7 @@ class Executor(executor.Executor):
             if "://" in folder or not self.CheckBlessing(input_dict):
                 super().Do(input_dict, output_dict, exec_properties)
                 return
-            version = push(self._model, Path(folder))
+            version = push(self._model, Path(folder), artifact_utils.get_single_uri(input_dict["model"]))
         pushed = artifact_utils.get_single_instance(output_dict["pushed_model"])
         io_utils.copy_dir(str(version), pushed.uri)
         self._MarkPushed(pushed, pushed_destination=str(version), pushed_version=version.name)
@@ -89,10 +89,15 @@ class Executor(executor.Executor):
             yield copy
 
 
-def push(model: Path, folder: Path) -> Path:
+def push(model: Path, folder: Path, artifact: str) -> Path:
     """Push a model into a folder of this machine, unless it is the newest there; return its version's folder.
 
     It appears whole under a number above all others, or not at all.
+
+    Args:
+        model: the version.
+        folder: where versions are.
+        artifact: of TFX, which may hold a `classifier.keras` to go beside them.
     """
     numbers = versions_of(folder)
     newest = folder / str(numbers[-1]) if numbers else None
@@ -103,11 +108,21 @@ def push(model: Path, folder: Path) -> Path:
     with replacing(version) as temporary:
         shutil.copytree(model, temporary)
     try:
+        _place_classifier(f"{artifact}/{export.CLASSIFIER}", folder / export.CLASSIFIER)
         export.write_bundle(folder)
     except BaseException:
         shutil.rmtree(version)
         raise
     return version
+
+
+def _place_classifier(source: str, target: Path) -> None:
+    """Put a version's classifier beside the versions, in place of that of the one before."""
+    if not tf.io.gfile.exists(source):
+        target.unlink(missing_ok=True)
+        return
+    with replacing(target) as temporary:
+        tf.io.gfile.copy(source, str(temporary))
 
 
 def _files(version: Path) -> Any:
