@@ -111,7 +111,7 @@ def test_run_with_nothing_changed_does_nothing_again(robust, root):
     assert f"pushed: {root}/pushed/digits/{before[-1]}" in done.stdout
     told = command(ROBUST, root, "--lineage").stdout
     last = told[told.rindex("run 20") :]
-    for step in ("ImportExampleGen", "StatisticsGen", "Trainer", "Evaluator", "RobustnessEvaluator", "Pusher"):
+    for step in ("ImportExampleGen", "StatisticsGen", "Trainer", "Evaluator", "RobustnessEvaluator"):
         assert re.search(rf"\b{step}\b[^\n]*cached", last), told
     assert re.search(r"PushedModel \(.*pushed 1", last) and re.search(r"RobustnessReport \(verdict blessed", last)
 
