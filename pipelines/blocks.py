@@ -2,13 +2,18 @@
 
 An image belongs to the block of its place in the data set. A worker loads the model once, runs the whole suite on one
 block after the other and writes each block's outcomes to a shard under its number, where it is not there already. So a
-bundle that is processed twice changes nothing, and a run that was stopped goes on.
+bundle that is processed twice changes nothing, and a run that was stopped goes on. What goes wrong in a worker is noted
+beside the shards in one line.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
 import functools
+import logging
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 from kerasdefense import assess, config, evaluation
+from kerasdefense.boundary import first_line
 from kerasdefense.data import Split
 from kerasdefense.data.records import Records, decode
 from kerasdefense.evaluation import Options, PlannedAttack, preprocessing
@@ -27,6 +33,7 @@ from kerasdefense.evaluation.journal import Arrays
 from kerasdefense.evaluation.references import References
 from kerasdefense.evaluation.robustness import Course, check_labels, checked, finished, make_course
 from kerasdefense.evaluation.search import Chunk
+from kerasdefense.types import InputError, UsageError
 from pipelines.jobs import beam, watched
 from pipelines.shards import Shards
 
@@ -125,10 +132,12 @@ def decoded(rows: Sequence[Row], image_shape: tuple[int, int, int]) -> Chunk:
 
 
 def local(path: str) -> Path:
-    """Return a path of this machine that holds what `path` does, which may be a URL."""
+    """Return a path of this machine that holds what `path` does, which may be a URL: a copy until the process ends."""
     if "://" not in path:
         return Path(path).expanduser()
-    target = Path(tempfile.mkdtemp(prefix="kerasdefense-model-")) / path.rstrip("/").rsplit("/", 1)[1]
+    parent = tempfile.mkdtemp(prefix="kerasdefense-model-")
+    atexit.register(shutil.rmtree, parent, ignore_errors=True)
+    target = Path(parent) / path.rstrip("/").rsplit("/", 1)[1]
     if not tf.io.gfile.isdir(path):
         tf.io.gfile.copy(path, str(target))
         return target
@@ -143,6 +152,9 @@ def local(path: str) -> Path:
 class AttackBlocks(beam.DoFn):
     """Attack blocks (number, rows) and store their outcomes; the model is loaded once in a worker process.
 
+    An error does not leave it, as Beam would tell of it at length: it is noted among the shards under the block's
+    number, and blocks that come after it are passed over.
+
     Args:
         task: what is to be done.
     """
@@ -153,15 +165,35 @@ class AttackBlocks(beam.DoFn):
 
     def setup(self) -> None:
         """Load the model, unless another copy of this has in the process."""
-        self._attacker = self._shared.acquire(lambda: Attacker(self._task))
+        self._failed: Optional[Exception] = None
+        self._is_noted = False
+        try:
+            self._attacker = self._shared.acquire(lambda: Attacker(self._task))
+        except Exception as error:  # whatever it is, it is noted with the first block
+            self._failed = error
 
     def process(self, element: tuple[int, Iterable[Row]]) -> Iterator[int]:
-        """Yield the number of a block that is through."""
+        """Yield the number of a block that is through, or was passed over."""
         number, rows = element
         shards = Shards(self._task.shards)
-        if not shards.has(number):
-            shards.write(number, self._attacker.attack(number, rows))
+        if self._failed is None and not shards.has(number):
+            try:
+                shards.write(number, self._attacker.attack(number, rows))
+            except Exception as error:  # whatever it is
+                self._failed = error
+        if self._failed is not None and not self._is_noted:
+            logging.getLogger(__name__).info("block %d", number, exc_info=self._failed)
+            with contextlib.suppress(OSError):  # no room for this either: the block is missing in the end
+                shards.fail(number, in_words(self._failed))
+            self._is_noted = True
         yield number
+
+
+def in_words(error: Exception) -> str:
+    """Return an error in one line: what it says, and its type unless it is one of ours."""
+    if isinstance(error, (InputError, UsageError)):
+        return " ".join(str(error).split())
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def parsed(record: bytes) -> Row:
@@ -196,29 +228,37 @@ def attack_blocks(
         one's end, and `start_up`, seconds before that.
 
     Raises:
-        InputError: shards of another evaluation, or a worker that died.
+        InputError: shards of another evaluation, a block that a worker could not attack, or a worker that died.
     """
     shards = Shards(task.shards)
     shards.open(settings, anew=anew)
-    size = task.options.block
-    blocks = -(-len(task.index) // size)
+    blocks = -(-len(task.index) // task.options.block)
     missing = frozenset(number for number in range(blocks) if not shards.has(number))
     launched = time.time()
     if missing:
-        with watched(f"the same command goes on from the shards in {task.shards}"), pipeline_of() as pipeline:
-            _ = (
-                pipeline
-                | "Files" >> beam.Create([*files])
-                | "Read" >> beam.io.ReadAllFromTFRecord()
-                | "Parse" >> beam.Map(parsed)
-                | "Place" >> beam.FlatMap(placed, task.index, size, missing)
-                | "Group" >> beam.GroupByKey()
-                | "Attack" >> beam.ParDo(AttackBlocks(task))
-            )
+        _attack(task, files, pipeline_of, missing)
+    for number, line in shards.failures():
+        raise InputError(f"block {number}: {line}; the same command goes on from the shards in {task.shards}")
     still = [number for number in sorted(missing) if not shards.has(number)]
     if still:
-        raise RuntimeError(f"blocks {still} of {task.shards} were given no outcome")
+        raise InputError(f"blocks {still} were given no outcome, and no worker could write why to {task.shards}")
     times = [{name: float(arrays[name]) for name in _TIMES} for arrays in map(shards.read, sorted(missing))]
     began = min((each["began"] for each in times), default=launched)
     ended = max((each["ended"] for each in times), default=launched)
     return {"blocks": blocks, "attacked": len(missing), "seconds": ended - began, "start_up": began - launched}
+
+
+def _attack(
+    task: Task, files: Sequence[str], pipeline_of: Callable[[], beam.Pipeline], missing: frozenset[int]
+) -> None:
+    """Run the pipeline that attacks the blocks which are missing."""
+    with watched(f"the same command goes on from the shards in {task.shards}"), pipeline_of() as pipeline:
+        _ = (
+            pipeline
+            | "Files" >> beam.Create([*files])
+            | "Read" >> beam.io.ReadAllFromTFRecord()
+            | "Parse" >> beam.Map(parsed)
+            | "Place" >> beam.FlatMap(placed, task.index, task.options.block, missing)
+            | "Group" >> beam.GroupByKey()
+            | "Attack" >> beam.ParDo(AttackBlocks(task))
+        )

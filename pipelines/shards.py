@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from kerasdefense.evaluation.journal import Arrays
+from kerasdefense.files import write_error
 from kerasdefense.types import InputError
 
 SETTINGS = "settings.json"
@@ -31,7 +33,7 @@ class Shards:
         self.folder = folder.rstrip("/")
 
     def open(self, settings: Mapping[str, Any], *, anew: bool = False) -> None:
-        """Make the folder hold blocks of these settings, those that it has already or, anew, none.
+        """Make the folder hold blocks of these settings, those that it has already or, anew, none, and no failures.
 
         Raises:
             InputError: it has blocks of other settings.
@@ -46,6 +48,8 @@ class Shards:
             if differing:
                 what = differing[0].replace("_", " ")
                 raise InputError(f"{self.folder} holds an evaluation of another {what}; {_ADVICE}")
+            for failure in tf.io.gfile.glob(f"{self.folder}/error-*.txt"):
+                tf.io.gfile.remove(failure)
             return
         tf.io.gfile.makedirs(self.folder)
         self._put(path, json.dumps(settings, indent=2, sort_keys=True).encode())
@@ -75,12 +79,29 @@ class Shards:
         except Exception as error:  # TensorFlow, numpy and zipfile have a kind each for every way to be damaged
             raise InputError(f"{path} cannot be read ({error!r}); {_ADVICE}") from error
 
+    def fail(self, number: int, line: str) -> None:
+        """Note in one line why a block cannot be attacked, as error-NUMBER.txt."""
+        self._put(f"{self.folder}/error-{number:05d}.txt", f"{line}\n".encode())
+
+    def failures(self) -> list[tuple[int, str]]:
+        """Return what was noted since the folder was opened: blocks, ascending, and why they cannot be attacked."""
+        found = []
+        for path in sorted(tf.io.gfile.glob(f"{self.folder}/error-*.txt")):
+            with tf.io.gfile.GFile(path) as file:
+                found.append((int(path.rsplit("/error-", 1)[1].removesuffix(".txt")), file.read().strip()))
+        return found
+
     def _path(self, number: int) -> str:
         return f"{self.folder}/block-{number:05d}.npz"
 
     def _put(self, path: str, content: bytes) -> None:
         token = int.from_bytes(np.random.default_rng().bytes(8), "little")
         temporary = f"{path}.{token:016x}.writing"
-        with tf.io.gfile.GFile(temporary, "wb") as file:
-            file.write(content)
-        tf.io.gfile.rename(temporary, path, overwrite=True)
+        try:
+            with tf.io.gfile.GFile(temporary, "wb") as file:
+                file.write(content)
+            tf.io.gfile.rename(temporary, path, overwrite=True)
+        except tf.errors.OpError as error:
+            with contextlib.suppress(tf.errors.OpError):
+                tf.io.gfile.remove(temporary)
+            raise write_error(error, path) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import keras
@@ -156,6 +158,75 @@ def test_shards_of_another_evaluation_are_refused(folder, spread):
     run_dir, _ = spread
     with pytest.raises(InputError, match="another seed"):
         in_beam(folder, run_dir, seed=1)
+
+
+def in_beam_without_model(folder, run_dir, missing):
+    """Evaluate a model that workers do not find where they are told that it is."""
+    run = settings(folder, run_dir)
+    splits, model = data.load(run.data), evaluation.load_model(folder / "model.keras")
+    run = dataclasses.replace(run, evaluate=dataclasses.replace(run.evaluate, model=str(missing)))
+    workers = Workers(lambda: jobs.make_pipeline([]), 0, str(run_dir / SHARDS))
+    return evaluate(run, splits, model, [f"{folder}/examples/eval/*"], workers)
+
+
+def test_what_a_worker_cannot_do_is_told_in_one_line_and_the_next_run_goes_on(folder, spread, alone, tmp_path):
+    shards, copied = Shards(str(tmp_path / SHARDS)), Shards(str(spread[0] / SHARDS))
+    shards.open(json.loads((spread[0] / SHARDS / "settings.json").read_text()))
+    for number in (0, 1, 2, 4):
+        shards.write(number, copied.read(number))
+    missing = tmp_path / "nothing.keras"
+    with pytest.raises(InputError, match=rf"^block 3: {missing}: [^\n]+; the same command goes on from the shards in"):
+        in_beam_without_model(folder, tmp_path, missing)
+    (noted,) = (tmp_path / SHARDS).glob("error-*.txt")
+    assert noted.name == "error-00003.txt" and noted.read_text().count("\n") == 1
+    assert in_beam(folder, tmp_path).work["attacked"] == 1
+    assert not noted.exists()
+    assert_same(recorded.read_outcomes(tmp_path), alone)
+
+
+def attack_of(error):
+    """Return a worker's attack that raises an error."""
+
+    def attack(*_):
+        raise error
+
+    return attack
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (InputError("a model\nof images"), "a model of images"),
+        (ValueError("first line\nand more"), "ValueError: first line"),
+        (OSError(28, "No space left on device"), "OSError: [Errno 28] No space left on device"),
+    ],
+)
+def test_worker_that_failed_notes_it_once_and_passes_over_what_comes_after(error, line, tmp_path):
+    worker = blocks.AttackBlocks(types.SimpleNamespace(shards=str(tmp_path)))
+    worker._shared = types.SimpleNamespace(acquire=lambda _: types.SimpleNamespace(attack=attack_of(error)))
+    worker.setup()
+    assert [number for each in (7, 8) for number in worker.process((each, []))] == [7, 8]
+    assert Shards(str(tmp_path)).failures() == [(7, line)]
+
+
+def test_shard_for_which_there_is_no_room_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise tf.errors.ResourceExhaustedError(None, None, "block; No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"could not be written: No space left"):
+        patch.setattr(tf.io.gfile, "rename", full)
+        Shards(str(tmp_path)).write(0, {"robust": np.array([True])})
+    assert not list(tmp_path.iterdir())
+
+
+def test_copy_of_a_remote_model_is_removed_when_the_process_ends(folder, monkeypatch):
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", lambda *work, **options: at_exit.append((work, options)))
+    path = blocks.local(f"file://{folder}/model.keras")
+    assert path.read_bytes() == (folder / "model.keras").read_bytes()
+    (((remove, *arguments), options),) = at_exit
+    remove(*arguments, **options)
+    assert not path.parent.exists()
 
 
 def test_examples_without_numbers_are_refused(tmp_path):
