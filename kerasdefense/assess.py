@@ -80,7 +80,12 @@ def _check_draws(run: config.Run) -> None:
 
 
 def assess(
-    run: config.Run, splits: Splits, model: Loaded, *, ahead: Optional[Callable[[Course], None]] = None
+    run: config.Run,
+    splits: Splits,
+    model: Loaded,
+    *,
+    surrogates: Optional[Mapping[str, Loaded]] = None,
+    ahead: Optional[Callable[[Course], None]] = None,
 ) -> dict[str, Any]:
     """Measure a model on the test images, write evaluation/ of the run directory and return the results.
 
@@ -88,6 +93,7 @@ def assess(
         run: the run.
         splits: its data.
         model: what is measured.
+        surrogates: those of `load_surrogates`; None = they are loaded from where the run names them.
         ahead: as `evaluation.evaluate` takes it.
     """
     wanted, run_dir = run.evaluate, Path(run.run_dir)
@@ -102,7 +108,7 @@ def assess(
     if wanted.resume == "never":
         shutil.rmtree(journal, ignore_errors=True)
     fitted = recognition.fit(run, splits, model, own)  # first, so that what cannot be fitted costs no attack
-    surrogates = load_surrogates(run.evaluate.surrogates)
+    surrogates = load_surrogates(run.evaluate.surrogates) if surrogates is None else surrogates
     for each in surrogates.values():
         evaluation.check_fits(each, splits.image_shape, len(splits.labels), splits.name)
     outside = run_dir / ARRAYS.format("unseen")
@@ -196,11 +202,16 @@ def _config(run: config.Run) -> dict[str, Any]:
     return {name: settings[name] for name in ("mode", "run_dir", "strict", "data", "evaluate", "detector")}
 
 
-def load_surrogates(given: str) -> dict[str, Loaded]:
-    """Return the models of --evaluate_surrogates, by the names that evaluation knows their paths by."""
+def load_surrogates(given: str, fetch: Callable[[str], Path] = Path) -> dict[str, Loaded]:
+    """Return the models of --evaluate_surrogates, by the names that evaluation knows their paths by.
+
+    Args:
+        given: their places, comma-separated.
+        fetch: returns where on this machine lies what is at a place.
+    """
     surrogates: dict[str, Loaded] = {}
     for each in filter(None, given.split(",")):
-        model = evaluation.load_model(Path(each))
+        model = evaluation.load_model(fetch(each))
         name = f"{SURROGATE}{model.name}"
         if name in surrogates:
             raise UsageError(f"--evaluate_surrogates names two models called {model.name}; rename one")

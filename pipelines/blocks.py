@@ -86,8 +86,9 @@ class Attacker:
         wanted = task.wanted
         self._model = evaluation.load_model(local(wanted.model), outputs=wanted.outputs)
         if wanted.preprocessor:
-            self._model = preprocessing.preprocessed(self._model, preprocessing.preprocessor(wanted.preprocessor))
-        self._paths = assess.paths_of(self._model, assess.load_surrogates(wanted.surrogates))
+            purifier = preprocessing.preprocessor(str(local(wanted.preprocessor)))
+            self._model = preprocessing.preprocessed(self._model, purifier)
+        self._paths = assess.paths_of(self._model, assess.load_surrogates(wanted.surrogates, local))
 
     @functools.cached_property
     def _course(self) -> Course:
@@ -132,12 +133,16 @@ def decoded(rows: Sequence[Row], image_shape: tuple[int, int, int]) -> Chunk:
 
 
 def local(path: str) -> Path:
-    """Return a path of this machine that holds what `path` does, which may be a URL: a copy until the process ends."""
+    """Return a path of this machine that holds what `path` does, which may be a URL.
+
+    Then it is a copy, there until the process ends, whose last two names are those of the URL, as models are called by.
+    """
     if "://" not in path:
         return Path(path).expanduser()
     parent = tempfile.mkdtemp(prefix="kerasdefense-model-")
     atexit.register(shutil.rmtree, parent, ignore_errors=True)
-    target = Path(parent) / path.rstrip("/").rsplit("/", 1)[1]
+    target = Path(parent, *path.partition("://")[2].strip("/").split("/")[-2:])
+    target.parent.mkdir(exist_ok=True)
     if not tf.io.gfile.isdir(path):
         tf.io.gfile.copy(path, str(target))
         return target
@@ -255,7 +260,7 @@ def _attack(
     with watched(f"the same command goes on from the shards in {task.shards}"), pipeline_of() as pipeline:
         _ = (
             pipeline
-            | "Files" >> beam.Create([*files])
+            | "Files" >> beam.Create([each.removeprefix("file://") for each in files])  # a scheme Beam does not know
             | "Read" >> beam.io.ReadAllFromTFRecord()
             | "Parse" >> beam.Map(parsed)
             | "Place" >> beam.FlatMap(placed, task.index, task.options.block, missing)

@@ -4,7 +4,8 @@
         [--evaluate_suite=autoattack and other flags of kerasdefense.run] [any of Beam's pipeline options]
 
 Without Beam's options the workers are processes of this machine, one for each processor. What they found stays in
-OUTPUT/shards: after a kill the same command goes on from there.
+OUTPUT/shards: after a kill the same command goes on from there. With a runner whose workers are on other machines,
+--model, --examples and --shards are URLs that they can reach.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def evaluate(run: config.Run, splits: Splits, model: Loaded, files: Sequence[str
 
     size = run.evaluate.block or run.evaluate.chunk_size
     run = dataclasses.replace(run, evaluate=dataclasses.replace(run.evaluate, block=size))
-    return Found(assess.assess(run, splits, model, ahead=ahead), work)
+    surrogates = assess.load_surrogates(run.evaluate.surrogates, local)
+    return Found(assess.assess(run, splits, model, surrogates=surrogates, ahead=ahead), work)
 
 
 def _task(run: config.Run, splits: Splits, course: Course, workers: Workers) -> Task:
@@ -124,12 +126,14 @@ def check_keyed(files: Sequence[str]) -> None:
                 )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pipelines.evaluate", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def _parser() -> jobs.Parser:
+    parser = jobs.Parser("python -m pipelines.evaluate", __doc__)
     parser.add_argument("--model", required=True, help="a run's or published folder, a .keras file or a SavedModel")
     parser.add_argument("--examples", required=True, help="folder that python -m pipelines.examples wrote")
-    parser.add_argument("--output", default="", help="folder for what is found; empty = runs/evaluated/MODEL")
+    parser.add_argument(
+        "--output", default="", help="folder of this machine for what is found; empty = runs/evaluated/MODEL"
+    )
+    parser.add_argument("--shards", default="", help="folder or URL that workers write to; empty = OUTPUT/shards")
     parser.add_argument(
         "--threads", type=int, default=1, help="TensorFlow's threads in a worker process; 0 = its own choice"
     )
@@ -147,16 +151,38 @@ def of_package(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return kept, rest
 
 
+def _check_reachable(own: argparse.Namespace, run: config.Run) -> None:
+    """Raise a UsageError where something that workers on other machines need lies on this one."""
+    needed = [("--model", own.model), ("--examples", own.examples), ("--shards", own.shards)]
+    needed += [("--evaluate_surrogates", each) for each in run.evaluate.surrogates.split(",") if each]
+    if Path(run.evaluate.preprocessor).is_file() or "/" in run.evaluate.preprocessor:
+        needed.append(("--evaluate_preprocessor", run.evaluate.preprocessor))
+    for flag, place in needed:
+        if "://" not in place:
+            raise UsageError(
+                f"{flag}={place} is not where workers on other machines find it: name a URL that they can reach, as "
+                "gs://BUCKET/..., or file:///... on a disk that all of them share"
+            )
+
+
 def main(arguments: Sequence[str]) -> int:
     """Evaluate, print what was found and return the exit code."""
     own, rest = _parser().parse_known_args(arguments)
     ours, rest = of_package(rest)
     of_beam = jobs.beam_arguments(rest)
+    if own.threads < 0:
+        raise UsageError(f"--threads={own.threads} must be at least 0")
     given = ["--data_name=examples", f"--data_dir={own.examples}", *ours]
     given += ["--mode=evaluate", f"--evaluate_model={own.model}", *([f"--run_dir={own.output}"] if own.output else [])]
     run = flags.parse(given)
     if run.evaluate.endpoint:
         raise UsageError("--evaluate_endpoint is attacked by kerasdefense.run; workers attack a model that they load")
+    if ":/" in run.run_dir:  # a URL, as a path
+        raise UsageError(
+            f"--output={own.output or run.run_dir} must be a folder of this machine; --shards may be a URL"
+        )
+    if jobs.is_remote(of_beam):
+        _check_reachable(own, run)
     console = Console()
     splits = data.load(run.data)
     files = [f"{split_folders(own.examples)['eval']}/*"]
@@ -164,9 +190,10 @@ def main(arguments: Sequence[str]) -> int:
     model = evaluation.load_model(local(own.model), outputs=run.evaluate.outputs)
     evaluation.check_fits(model, splits.image_shape, len(splits.labels), splits.name)
     if run.evaluate.preprocessor:
-        model = preprocessing.preprocessed(model, preprocessing.preprocessor(run.evaluate.preprocessor))
+        model = preprocessing.preprocessed(model, preprocessing.preprocessor(str(local(run.evaluate.preprocessor))))
     threads = own.threads if jobs.is_multi_processing(of_beam) else 0
-    workers = Workers(lambda: jobs.make_pipeline(of_beam), threads, str(Path(run.run_dir) / SHARDS))
+    shards = own.shards or str(Path(run.run_dir) / SHARDS)
+    workers = Workers(lambda: jobs.make_pipeline(of_beam), threads, shards)
     found = evaluate(run, splits, model, files, workers)
     assess.show(found.results, f"{model.name} on {splits.name}", console)
     write_json(Path(run.run_dir) / WORK, found.work)

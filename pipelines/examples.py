@@ -9,7 +9,6 @@ validation fraction, train/, eval/ and perhaps validation/ and unknown/. Images 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -28,6 +27,7 @@ from kerasdefense.data import Split, Splits
 from kerasdefense.data.examples import ABOUT, LABELS
 from kerasdefense.files import replacing, write_json, write_text
 from kerasdefense.types import InputError, UsageError
+from pipelines.parser import Parser
 
 PER_FILE = 5000
 """Images in a file, where their number is not given."""
@@ -218,9 +218,8 @@ def _file_name(place: int, files: int) -> str:
     return f"examples-{place:05d}-of-{files:05d}.tfrecord.gz"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pipelines.examples", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def _parser() -> Parser:
+    parser = Parser("python -m pipelines.examples", __doc__)
     parser.add_argument("--examples_dir", default="", help="folder to write, which must not exist or be empty")
     parser.add_argument("--examples_shards", type=int, default=0, help="files of each split; 0 = one per 5,000 images")
     return parser

@@ -5,11 +5,13 @@ from __future__ import annotations
 import _thread
 import contextlib
 import difflib
+import io
 import logging
 import os
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Google's libraries announce the end of their support of Python 3.10
@@ -19,8 +21,10 @@ with warnings.catch_warnings():
 import psutil
 
 from kerasdefense.types import InputError, UsageError
+from pipelines.parser import Parser as Parser
 
 MULTI_PROCESSING = "--direct_running_mode=multi_processing"
+_LOCAL = (None, "DirectRunner")
 _WORKER = "sdk_worker_main"
 _DIED = "Worker subprocess exited with return code"
 
@@ -29,22 +33,38 @@ def beam_arguments(given: Sequence[str]) -> list[str]:
     """Return Beam's pipeline options, checked; those of a local run in as many processes as there are processors.
 
     Raises:
-        UsageError: Beam knows no such option.
+        UsageError: Beam knows no such option, or refuses its value.
     """
-    known = PipelineOptions([*given]).get_all_options()
+    known = _options(given)
     for each in given:
         name = each.lstrip("-").partition("=")[0]
         if each.startswith("-") and name not in known and name.removeprefix("no_") not in known:
             close = difflib.get_close_matches(name, [*known], n=1)
             hint = f"; did you mean --{close[0]}?" if close else ", nor does Beam have a pipeline option of this name"
             raise UsageError(f"unknown flag --{name}{hint}")
-    is_local = known["runner"] in (None, "DirectRunner")
-    if not is_local or any(each.startswith("--direct_running_mode") for each in given):
+    if is_remote(given) or any(each.startswith("--direct_running_mode") for each in given):
         return [*given]
     workers = (
         [] if any(each.startswith("--direct_num_workers") for each in given) else [f"--direct_num_workers={cores()}"]
     )
     return [*given, MULTI_PROCESSING, *workers]
+
+
+def _options(given: Sequence[str]) -> dict[str, Any]:
+    """Return all of Beam's options, whose parser prints a usage of a hundred lines and leaves where one is wrong."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            options: dict[str, Any] = PipelineOptions([*given]).get_all_options()
+    except SystemExit as leaving:
+        lines = said.getvalue().strip().splitlines() or ["wrong options"]
+        raise UsageError(f"Beam: {lines[-1].partition(' error: ')[2] or lines[-1]}") from leaving
+    return options
+
+
+def is_remote(arguments: Sequence[str]) -> bool:
+    """Return whether Beam's options name a runner whose workers may be on other machines."""
+    return _options(arguments)["runner"] not in _LOCAL
 
 
 def cores() -> int:
@@ -54,13 +74,20 @@ def cores() -> int:
 
 def is_multi_processing(arguments: Sequence[str]) -> bool:
     """Return whether Beam's options ask for workers that are processes of this machine."""
-    return bool(PipelineOptions([*arguments]).get_all_options()["direct_running_mode"] == "multi_processing")
+    return bool(_options(arguments)["direct_running_mode"] == "multi_processing")
 
 
 def make_pipeline(arguments: Sequence[str]) -> beam.Pipeline:
-    """Return a pipeline with these options, to be used as a context; of Beam itself only errors are logged."""
+    """Return a pipeline with these options, to be used as a context; of Beam itself only errors are logged.
+
+    Raises:
+        UsageError: options do not go together, or one is missing.
+    """
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
-    return beam.Pipeline(options=PipelineOptions([*arguments]))
+    try:
+        return beam.Pipeline(options=PipelineOptions([*arguments]))
+    except ValueError as error:
+        raise UsageError(f"Beam: {' '.join(str(error).split())}") from error
 
 
 @contextlib.contextmanager

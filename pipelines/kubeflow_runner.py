@@ -6,7 +6,8 @@
         --output=pipeline.json [any of Beam's pipeline options]
 
 Nothing is contacted: the file is what a cluster is given. It needs the extra `kubeflow` in an environment of its own,
-which `make kubeflow` makes. The image holds this package with its extra `pipelines`, and runs as tfx's own does.
+which `make kubeflow` makes. The image holds this package with its extra `pipelines`, and runs as tfx's own does. A step
+that trains works in a folder of its machine: one that was stopped begins anew.
 """
 
 from __future__ import annotations
@@ -30,10 +31,8 @@ from pipelines.evaluate import of_package
 from pipelines.pipeline import Places, create_pipeline
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pipelines.kubeflow_runner", description=__doc__)
-    parser.allow_abbrev = False
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def _parser() -> jobs.Parser:
+    parser = jobs.Parser("python -m pipelines.kubeflow_runner", __doc__)
     parser.add_argument("--name", required=True, help="of the pipeline: small letters, digits and hyphens")
     parser.add_argument("--examples", required=True, help="where the folder of python -m pipelines.examples lies")
     parser.add_argument("--splits", default="train,eval", help="folders in it, comma-separated")

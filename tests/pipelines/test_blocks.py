@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,10 @@ import tensorflow as tf
 from sklearn.datasets import load_digits
 
 from kerasdefense import assess, config, data, evaluation
-from kerasdefense.evaluation import recorded
+from kerasdefense.attacks import PGD
+from kerasdefense.boundary import guarded
+from kerasdefense.evaluation import PlannedAttack, recorded
+from kerasdefense.evaluation.suites import SUITES, Suite
 from kerasdefense.types import InputError, UsageError
 from pipelines import blocks, jobs
 from pipelines.evaluate import SHARDS, Workers, check_keyed, evaluate, main
@@ -31,6 +35,9 @@ from pipelines.shards import Shards
 ROOT = Path(__file__).resolve().parents[2]
 COUNT, EPSILON = 80, 0.05
 FLAGS = (f"--evaluate_epsilon={EPSILON}", f"--evaluate_examples={COUNT}", "--evaluate_chunk_size=16")
+
+REMOTE = ("--runner=DataflowRunner",)
+URLS = ("--model=gs://b/m", "--examples=gs://b/e", "--shards=gs://b/s")
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +253,52 @@ def test_examples_without_numbers_are_refused(tmp_path):
 def test_unknown_flags_are_refused(given, message, folder):
     with pytest.raises(UsageError, match=re.escape(message)):
         main([f"--model={folder}/model.keras", f"--examples={folder}/examples", *given])
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["--direct_num_workers=two"], "Beam: argument --direct_num_workers: invalid int value: 'two'"),
+        (["--threads=two"], "argument --threads: invalid int value: 'two'"),
+        (["--threads=-1"], "--threads=-1 must be at least 0"),
+        (["--mod=x"], "unknown flag --mod"),
+        (["--output=gs://bucket/out"], "--output=gs://bucket/out must be a folder of this machine; --shards may be"),
+        ([*REMOTE], "--model=MODEL is not where workers on other machines find it: name a URL that they can reach"),
+        ([*REMOTE, "--model=gs://b/m"], "--examples=EXAMPLES is not where workers"),
+        ([*REMOTE, "--model=gs://b/m", "--examples=gs://b/e"], "--shards= is not where workers"),
+        ([*REMOTE, *URLS, "--evaluate_surrogates=gs://b/s,t"], "--evaluate_surrogates=t is not where workers"),
+        ([*REMOTE, *URLS, "--evaluate_preprocessor=a/b"], "--evaluate_preprocessor=a/b is not where workers"),
+    ],
+)
+def test_wrong_command_is_one_line(given, line, capfd):
+    assert guarded(lambda: main(["--model=MODEL", "--examples=EXAMPLES", *given])) == 2
+    printed = capfd.readouterr()
+    assert printed.err.startswith(f"error: {line}") and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_missing_flag_and_options_that_do_not_go_together_are_one_line(capfd):
+    assert guarded(lambda: main(["--examples=EXAMPLES"])) == 2
+    assert capfd.readouterr().err == "error: the following arguments are required: --model\n"
+    with pytest.raises(UsageError, match=r"^Beam: .*Missing required option: project"):
+        jobs.make_pipeline(["--runner=DataflowRunner"])
+
+
+def transferred(norm, epsilon, _):
+    return (PlannedAttack("transfer", PGD(norm, epsilon, steps=10), transfer=True),)
+
+
+def test_surrogates_behind_urls_and_shards_elsewhere_find_what_one_process_finds(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(SUITES, "transferred", Suite(transferred, True, (), "of a test"))
+    (tmp_path / "other").mkdir()
+    shutil.copy(folder / "model.keras", tmp_path / "other/model.keras")
+    given = [f"--model=file://{folder}/model.keras", f"--examples=file://{folder}/examples", f"--output={tmp_path}/out"]
+    given += [f"--shards=file://{tmp_path}/elsewhere", f"--evaluate_surrogates=file://{tmp_path}/other/model.keras"]
+    given += ["--evaluate_suite=transferred", "--evaluate_sanity_examples=0", "--direct_running_mode=in_memory", *FLAGS]
+    assert main(given) == 0
+    assert len(list((tmp_path / "elsewhere").glob("block-*.npz"))) == COUNT // 16
+    run = settings(folder, tmp_path / "alone", suite="transferred", surrogates=f"{tmp_path}/other/model.keras")
+    assess.assess(run, data.load(run.data), evaluation.load_model(folder / "model.keras"))
+    assert_same(recorded.read_outcomes(tmp_path / "out"), recorded.read_outcomes(tmp_path / "alone"))
 
 
 def test_local_workers_are_processes_unless_told_otherwise():
