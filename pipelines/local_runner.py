@@ -10,7 +10,6 @@ one that was blessed. Exit code 3 where a model was not blessed and nothing was 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
@@ -41,9 +40,8 @@ NOT_BLESSED = 3
 """The exit code of a run that pushed nothing."""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pipelines.local_runner", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def _parser() -> jobs.Parser:
+    parser = jobs.Parser("python -m pipelines.local_runner", __doc__)
     parser.add_argument("--root", default="", help="folder of the pipeline; empty = runs/<data>/pipeline")
     parser.add_argument(
         "--examples", default="", help="folder that python -m pipelines.examples wrote; empty = write it from the data"
