@@ -497,7 +497,11 @@ class Gate:
         high=1,
     )
     label_shift: float = _field(
-        0.1, "most that the share of a class may differ between training and evaluation images", low=0, high=1
+        0.1,
+        "most that the shares of all classes together may differ between training and evaluation images: the total "
+        "variation distance, half the sum of absolute differences",
+        low=0,
+        high=1,
     )
 
 

@@ -14,26 +14,31 @@ from kerasdefense.types import InputError
 SIGNIFICANCE = 1e-3
 """Chance at most that shares which are the same are called shifted."""
 
+_FEW = 5
+"""Images that a chi-square test expects of each class at least (Cochran's rule)."""
+
 
 def label_shift(counts: Sequence[int], reference: Sequence[int], most: float) -> str:
     """Say how the shares of classes differ from those of a reference; empty = not by more than chance and `most`.
 
-    They are shifted where the largest difference of a share, max_k |p_k - q_k|, exceeds `most` and a chi-square test of
-    both counts is significant; or where a class of the reference has no image at all, which by its share there would
-    be as unlikely. So a few images raise no false alarm.
+    They are shifted where the total variation distance of both, sum_k |p_k - q_k| / 2, exceeds `most` and a chi-square
+    test of both counts is significant; or where a class of the reference has no image at all, which by its share there
+    would be as unlikely. So a few images raise no false alarm.
 
     Args:
         counts: images of each class.
         reference: the same of the images that they are compared with.
-        most: difference of a share that is let pass, in [0, 1].
+        most: distance that is let pass, in [0, 1]: the share of images that would have to be of another class.
     """
     found, others = np.asarray(counts, float), np.asarray(reference, float)
     if not (found.any() and others.any()):
         return ""
     share, expected = found / found.sum(), others / others.sum()
-    label = int(np.argmax(np.abs(share - expected)))
-    if abs(share[label] - expected[label]) > most and _p_value(found, others) < SIGNIFICANCE:
-        return f"of class {label} has a share of {share[label]:.1%} instead of {expected[label]:.1%}"
+    distance = np.abs(share - expected).sum() / 2
+    if distance > most and _p_value(found, others) < SIGNIFICANCE:
+        label = int(np.argmax(np.abs(share - expected)))
+        told = f"of class {label} has a share of {share[label]:.1%} instead of {expected[label]:.1%}"
+        return f"{told}, and all classes together differ by {distance:.1%}"
     chance = np.where(found == 0, (1 - expected) ** found.sum(), 1)
     missing = int(np.argmin(chance))
     if chance[missing] < SIGNIFICANCE / len(found):
@@ -73,5 +78,9 @@ def _read(path: str, classes: int) -> list[int]:
 
 
 def _p_value(counts: np.ndarray, others: np.ndarray) -> float:
+    """Return that of a chi-square test, for which neighbouring classes of few images are put together."""
     table = np.stack([counts, others])
-    return float(stats.chi2_contingency(table[:, table.any(axis=0)]).pvalue)
+    expected = np.cumsum(table.sum(0)) * table.sum(1).min() / table.sum()
+    pooled = np.stack([np.bincount((expected // _FEW).astype(int), each) for each in table])
+    pooled = pooled[:, pooled.any(axis=0)]
+    return float(stats.chi2_contingency(pooled).pvalue) if pooled.shape[1] > 1 else 1.0

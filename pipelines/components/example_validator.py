@@ -122,7 +122,7 @@ class ImageExampleValidator(base_beam_component.BaseBeamComponent):
     """Validates examples of images, and fails where there is anything wrong with them.
 
     What is looked for: an image, a label or an index that is missing or of another type; an image that cannot be
-    decoded or has another shape; a label of no class; classes whose share differs from that in the training images;
+    decoded or has another shape; a label of no class; classes in other shares than in the training images;
     and whatever else TFDV finds against the schema. Images of the split `unknown` have the label -1.
     """
 
@@ -149,7 +149,7 @@ class ImageExampleValidator(base_beam_component.BaseBeamComponent):
             schema: of SchemaGen, or a curated one.
             image_shape: (height, width, channels) of every image.
             classes: number of classes.
-            max_label_shift: difference of a class's share that is let pass, in [0, 1].
+            max_label_shift: total variation distance of the shares of classes that is let pass, in [0, 1].
             state_dir: folder where anomalies are kept after a failure too; empty = nowhere.
             reference: label_shares.json of an earlier validation, against which training images are held; empty = none.
         """

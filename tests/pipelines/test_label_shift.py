@@ -13,9 +13,30 @@ EVEN = [1000] * 10
 
 def test_shares_that_differ_by_more_than_is_let_pass_are_shifted():
     shifted = [400, *[100] * 9]
-    assert label_shift(shifted, EVEN, 0.1) == "of class 0 has a share of 30.8% instead of 10.0%"
+    told = "of class 0 has a share of 30.8% instead of 10.0%, and all classes together differ by 20.8%"
+    assert label_shift(shifted, EVEN, 0.1) == told
     assert label_shift(shifted, EVEN, 0.21) == ""
     assert label_shift([1100, *[1000] * 9], EVEN, 0.1) == ""
+
+
+def test_many_classes_that_differ_by_little_each_are_shifted():
+    shifted = [*[2] * 50, *[40] * 50]
+    assert label_shift(shifted, [100] * 100, 0.1).endswith("and all classes together differ by 45.2%")
+    assert label_shift(shifted, [100] * 100, 0.46) == ""
+
+
+@pytest.mark.parametrize("steepness", [0, 1])
+def test_chance_among_many_classes_raises_no_alarm(steepness):
+    random = np.random.default_rng(0)
+    shares = np.arange(1, 101.0) ** -steepness / np.sum(np.arange(1, 101.0) ** -steepness)
+    pairs = [
+        (random.multinomial(count, shares), random.multinomial(5000, shares))
+        for count in (50, 200, 1000)
+        for _ in range(300)
+    ]
+    distance = [np.abs(found / found.sum() - other / other.sum()).sum() / 2 for found, other in pairs]
+    assert np.mean(np.array(distance) > 0.1) > 0.5  # what a threshold alone would call shifted
+    assert sum(bool(label_shift(found, other, 0.1)) for found, other in pairs) <= 5
 
 
 def test_few_images_of_the_same_shares_raise_no_alarm():
@@ -38,7 +59,7 @@ def test_training_images_are_held_against_an_earlier_validation(tmp_path):
     reference.write_text(json.dumps({"train": [100, 300], "eval": [1, 3]}))
     counts = {"train": [200, 200], "eval": [50, 50]}
     assert label_shifts(counts, 0.1, "") == {}
-    shift = {"train": "of class 0 has a share of 50.0% instead of 25.0%"}
+    shift = {"train": "of class 0 has a share of 50.0% instead of 25.0%, and all classes together differ by 25.0%"}
     assert label_shifts(counts, 0.1, str(reference)) == shift
     with pytest.raises(InputError, match=r"label_shares.json: is of 2 classes, but the examples have 3"):
         label_shifts({"train": [1, 2, 3]}, 0.1, str(reference))
