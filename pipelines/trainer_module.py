@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,8 @@ def run_fn(fn_args: Any) -> None:
     Args:
         fn_args: TFX's FnArgs. Of the examples all splits are read that lie beside those for training; the eval split
             is not looked at. `custom_config` has `flags` (the lines of a flag file), `labels` (class names in label
-            order), `data_name` and `state_dir`, a folder of this machine where a training that was stopped goes on.
+            order), `data_name` and `state_dir`, a folder of this machine where a training that was stopped goes on; if
+            it is a URL, as on a cluster, training works in a temporary folder instead, and begins anew.
 
     The model artifact gets the SavedModel, where TFX expects it, `model.keras`, which attacks need, and perhaps
     `classifier.keras`.
@@ -40,21 +44,31 @@ def run_fn(fn_args: Any) -> None:
     run = flags.parse(given["flags"])
     root = fn_args.train_files[0].rsplit("/", 2)[0]
     splits = read_splits(run, root, labels=given["labels"], name=given["data_name"])
-    run_dir = Path(given["state_dir"]) / _key(run, splits, root)
-    training.train(run, splits, run_dir)
-    write_text(run_dir / flags.CONFIG, "\n".join(flags.to_lines(run)) + "\n")
-    version = export_trained(dataclasses.replace(run, run_dir=str(run_dir)), splits)
-    copy_folder(str(version), fn_args.serving_model_dir)
-    uri = fn_args.serving_model_dir.rstrip("/").rsplit("/", 1)[0]
-    for file in (run_dir / MODEL, version.parent / export.CLASSIFIER):
-        if file.is_file():
-            tf.io.gfile.copy(str(file), f"{uri}/{file.name}", overwrite=True)
-    for name in _KEPT:
-        if (run_dir / name).is_dir():
-            copy_folder(str(run_dir / name), f"{fn_args.model_run_dir}/{name}")
-        elif (run_dir / name).is_file():
-            tf.io.gfile.copy(str(run_dir / name), f"{fn_args.model_run_dir}/{name}", overwrite=True)
-    shutil.rmtree(run_dir)
+    with _at_work(given["state_dir"], _key(run, splits, root)) as run_dir:
+        training.train(run, splits, run_dir)
+        write_text(run_dir / flags.CONFIG, "\n".join(flags.to_lines(run)) + "\n")
+        version = export_trained(dataclasses.replace(run, run_dir=str(run_dir)), splits)
+        copy_folder(str(version), fn_args.serving_model_dir)
+        uri = fn_args.serving_model_dir.rstrip("/").rsplit("/", 1)[0]
+        for file in (run_dir / MODEL, version.parent / export.CLASSIFIER):
+            if file.is_file():
+                tf.io.gfile.copy(str(file), f"{uri}/{file.name}", overwrite=True)
+        for name in _KEPT:
+            if (run_dir / name).is_dir():
+                copy_folder(str(run_dir / name), f"{fn_args.model_run_dir}/{name}")
+            elif (run_dir / name).is_file():
+                tf.io.gfile.copy(str(run_dir / name), f"{fn_args.model_run_dir}/{name}", overwrite=True)
+
+
+@contextlib.contextmanager
+def _at_work(state_dir: str, key: str) -> Iterator[Path]:
+    """Give the folder of this machine where a training is at work, which is removed when it is through."""
+    if "://" in state_dir:
+        with tempfile.TemporaryDirectory(prefix="kerasdefense-training-") as folder:
+            yield Path(folder)
+        return
+    yield Path(state_dir) / key
+    shutil.rmtree(Path(state_dir) / key)
 
 
 def export_trained(run: config.Run, splits: Splits) -> Path:
