@@ -5,10 +5,8 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +15,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import psutil
 import pytest
 import tensorflow as tf
 from sklearn.datasets import load_digits
@@ -313,16 +312,17 @@ def test_minutes_do_not_go_with_workers(folder, tmp_path):
         in_beam(folder, tmp_path, minutes=1.0)
 
 
-@pytest.mark.slow
+@pytest.mark.pipeline
 def test_killed_worker_ends_the_run_in_one_line_and_the_same_command_goes_on(folder, alone, tmp_path):
     command = [sys.executable, "-m", "pipelines.evaluate", f"--model={folder}/model.keras", f"--output={tmp_path}"]
     command += [f"--examples={folder}/examples", "--evaluate_suite=standard", "--evaluate_sanity_examples=0", *FLAGS]
+    command += ["--direct_num_workers=2"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 300
         while not list(tmp_path.glob("shards/block-*.npz")) and time.monotonic() < deadline:
             time.sleep(0.05)
-        workers = subprocess.run(["pgrep", "-f", "sdk_worker_main"], capture_output=True, text=True, check=True)
-        os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+        children = psutil.Process(process.pid).children(recursive=True)
+        next(each for each in reversed(children) if any("sdk_worker_main" in part for part in each.cmdline())).kill()
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert errors.count("\n") == 1 and "a worker process died" in errors and "goes on from the shards" in errors
