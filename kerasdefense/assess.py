@@ -6,7 +6,6 @@ This joins data, evaluation and export; each of them knows nothing of the others
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +15,10 @@ import numpy as np
 import tensorflow as tf
 from rich.console import Console
 
-from kerasdefense import config, data, endpoint, evaluation, export, recognition
+from kerasdefense import config, data, endpoint, evaluation, export, integrity, recognition
 from kerasdefense.attacks import norms
 from kerasdefense.data import Split, Splits
-from kerasdefense.defenses import DEFENSES
+from kerasdefense.defenses import DEFENSES, Defense
 from kerasdefense.evaluation import (
     Loaded,
     Options,
@@ -71,8 +70,9 @@ def _check_draws(run: config.Run) -> None:
     """Raise a UsageError for flags that do not go with what is to be trained, as it draws at random or does not."""
     name, kind = run.defense.name, look_up(DEFENSES, run.defense.name, "defense")
     is_random = kind.draws_at_random(run.defense)
-    if run.export.diagnostics and not is_random:
-        raise UsageError(f"--export_diagnostics is for models that draw at random, which {name} is not")
+    purifies = kind.purification is not Defense.purification
+    if run.export.diagnostics and not is_random and not purifies:
+        raise UsageError(f"--export_diagnostics is for models that draw at random or purify images; {name} does not")
     refused = [f"--evaluate_{block}" for block in FIGURES if getattr(run.evaluate, block)]
     refused += ["--detector_name, --evaluate_open_set or --evaluate_ood"] if recognition.names_of(run) else []
     if is_random and refused:
@@ -371,18 +371,26 @@ def _score_again(
 
 def _verify_published(folder: Path) -> tuple[list[str], bool]:
     lines, right = [], True
-    card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    export.check_card(card)
-    versions = [path for path in sorted(folder.iterdir()) if path.name.isdecimal()]
+    card = integrity.read_card(folder / CARD) or {}
+    versions = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
     if not versions:
         raise InputError(f"{folder} holds no version to verify")
     for version in versions:
-        own = json.loads((version / CARD).read_text(encoding="utf-8"))
+        own = integrity.read_card(version / CARD)
+        if own is None:
+            raise InputError(f"{version} has no {CARD} to verify it by")
         found = digests(version)
         for name in sorted({*own["files"], *found}):
             claimed, there = own["files"].get(name, "not in the card"), found.get(name, "missing")
             right &= claimed == there
             lines.append(_agreement(f"{version.name}/{name}", claimed, there))
+    newest = versions[-1].name
+    is_newest = own == {key: value for key, value in card.items() if key != "beside"}
+    page = folder / export.MODEL_CARD
+    is_told = page.is_file() and page.read_bytes() == export.model_card(card, version=newest).encode()
+    right &= is_newest and is_told
+    lines.append(f"{CARD}: {'ok' if is_newest else f'DIFFERS from that of version {newest}'}")
+    lines.append(f"{page.name}: {'ok' if is_told else f'DIFFERS from what {CARD} says'}")
     claimed_files, found_files = claimed_beside(card), beside(folder)
     if "beside" not in card:  # an older one, of the evaluated model alone
         found_files = {name: found_files[name] for name in claimed_files if name in found_files}

@@ -474,7 +474,8 @@ class Export:
     )
     diagnostics: bool = _field(
         False,
-        "also export the signature diagnose, which takes seeds (models that draw at random); whoever calls it chooses "
+        "also export the signatures denoise, the purified image (models that purify images), and diagnose, which takes "
+        "seeds (models that draw at random); whoever calls them sees what the defense makes of an image, and chooses "
         "the noise",
     )
 

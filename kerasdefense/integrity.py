@@ -8,12 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
+from kerasdefense.files import check_schema
 from kerasdefense.types import InputError
 
 CARD, SAVED_MODEL = "card.json", "saved_model.pb"
 MODEL, OUTCOMES = "model.keras", "outcomes.npz"
-BESIDE = (MODEL, "classifier.keras", OUTCOMES)
+CONFIGS = ("models.config", "batching.config", "monitoring.config", "docker-compose.yml")
+"""Files beside the versions of a model that a server is started by."""
+BESIDE = (MODEL, "classifier.keras", OUTCOMES, *CONFIGS)
 """Files beside the versions of a model whose digests its card has."""
+_SCHEMA = Path(__file__).with_name("card.schema.json")
 
 
 def sha256(file: Path) -> str:
@@ -47,18 +51,21 @@ def claimed_beside(card: Mapping[str, Any]) -> dict[str, str]:
 def check(path: Path) -> None:
     """Raise an InputError where a version's folder or a published file is not what the card with it was written of.
 
-    A folder or file that no card of ours goes with is not looked at.
+    A folder or file that no card.json lies with is not looked at.
 
     Args:
-        path: folder of a SavedModel, or a file beside versions.
+        path: folder of a SavedModel, or a file in one or beside versions.
     """
+    if not (path / SAVED_MODEL if path.is_dir() else path).is_file():
+        return
     card = read_card((path if path.is_dir() else path.parent) / CARD)
-    if card is None or not (path / SAVED_MODEL if path.is_dir() else path).is_file():
+    if card is None:
         return
     if path.is_dir():
         claimed, found = card["files"], digests(path)
     else:
-        every, found = claimed_beside(card), {path.name: sha256(path)}
+        is_of_version = path.name in card["files"] or (path.parent / SAVED_MODEL).is_file()
+        every, found = card["files"] if is_of_version else claimed_beside(card), {path.name: sha256(path)}
         claimed = {name: every[name] for name in found if name in every}
         if not every:  # a card of before digests of files beside the versions were kept
             return
@@ -69,10 +76,10 @@ def check(path: Path) -> None:
 
 
 def read_card(file: Path) -> Optional[dict[str, Any]]:
-    """Return the card in a file, None where there is none or it is no card of an exported model.
+    """Return the card in a file, None where there is none.
 
     Raises:
-        InputError: the file holds no JSON.
+        InputError: what is there cannot be read as JSON, or is no card of an exported model.
     """
     if not file.is_file():
         return None
@@ -80,4 +87,10 @@ def read_card(file: Path) -> Optional[dict[str, Any]]:
         card = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{file} holds no JSON: {error}") from error
-    return card if isinstance(card, dict) and isinstance(card.get("files"), dict) else None
+    check_card(card, str(file))
+    return card
+
+
+def check_card(content: Mapping[str, Any], name: str = CARD) -> None:
+    """Raise an InputError that names the file unless a complete card follows the package's JSON schema of card.json."""
+    check_schema(content, _SCHEMA, name)

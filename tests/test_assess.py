@@ -282,9 +282,11 @@ def test_flags_of_a_preprocessor_that_do_not_go_together_are_one_line(arguments,
     assert error.count("\n") == 1 and message in error, error
 
 
-def test_diagnostics_are_refused_before_a_model_that_draws_nothing_is_trained():
-    with pytest.raises(UsageError, match="--export_diagnostics is for models that draw at random, which standard is"):
+def test_diagnostics_are_refused_before_a_model_that_neither_draws_nor_purifies_is_trained():
+    with pytest.raises(UsageError, match="for models that draw at random or purify images; standard does not"):
         assess.check(config.Run(export=config.Export(diagnostics=True)))
+    for name in ("cafd", "atop"):
+        assess.check(config.Run(defense=config.Defense(name=name, rt=0), export=config.Export(diagnostics=True)))
 
 
 def test_softmax_model_is_evaluated_when_it_is_converted(tmp_path):

@@ -77,6 +77,9 @@ def test_readme_has_a_row_of_every_model_as_its_card_says():
     assert [line for line in lines if line.startswith("| [")] == [row(name) for name in MODELS]
 
 
+OUTPUTS = {"logits", "probabilities", "label", "class_name", "anomaly_score", "accepted", "valid"}
+
+
 def images():
     """Return a batch of images in 256 levels of [0, 1], and their PNG files."""
     levels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
@@ -101,10 +104,12 @@ def test_published_model_loads_by_every_route_and_answers_alike(name):
         signatures["image_bytes"](image_bytes=tf.constant(files)),
         signatures["examples"](examples=tf.constant([example(each) for each in files])),
     ]
+    assert [set(answer) for answer in answers] == [OUTPUTS, OUTPUTS, OUTPUTS - {"class_name"}]
+    assert set(signatures) == set(export.SIGNATURES)
     for answer in answers:
         assert answer["valid"].numpy().all() and answer["logits"].shape == (3, card["data"]["classes"])
         names = [card["data"]["labels"][label] for label in answer["label"]]
-        assert [each.decode() for each in answer["class_name"].numpy()] == names
+        assert "class_name" not in answer or [each.decode() for each in answer["class_name"].numpy()] == names
     if getattr(model, "is_randomized", False):
         assert card["keras_import"]["file"] is None and not (folder / "classifier.keras").exists()
         return
@@ -157,7 +162,8 @@ def test_published_model_is_as_accurate_as_its_card_says(name, cifar10):
     folder = ROOT / "saved_models" / name
     card = json.loads((folder / "card.json").read_text())
     found, clean = right(folder, cifar10(card), 512)
-    assert found.mean() > card["figures"]["clean_accuracy"]["ci95"][0] - 0.05 and (found == clean).mean() > 0.75
+    assert found.mean() > card["figures"]["clean_accuracy"]["ci95"][0] - 0.05
+    assert (found == clean).mean() >= (0.75 if name.startswith("atop") else 0.99)  # which draws anew each time
 
 
 @pytest.mark.slow

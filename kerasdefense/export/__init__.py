@@ -1,15 +1,17 @@
 """Export: a defense as a versioned SavedModel that needs no Python of ours, with its card and what serves it."""
 
-from kerasdefense.export.bundle import model_card, write_bundle
-from kerasdefense.export.card import card, check_card
+from kerasdefense.export.bundle import MODEL_CARD, model_card, write_bundle
+from kerasdefense.export.card import card
 from kerasdefense.export.keras_file import CLASSIFIER, classifier_file, load_model
 from kerasdefense.export.publish import publish_figures, published, with_figures
 from kerasdefense.export.republish import republish
 from kerasdefense.export.saved_model import OF_RUNS, model_name, save
 from kerasdefense.export.signatures import SIGNATURES, serving_module
+from kerasdefense.integrity import check_card
 
 __all__ = [
     "CLASSIFIER",
+    "MODEL_CARD",
     "OF_RUNS",
     "SIGNATURES",
     "card",

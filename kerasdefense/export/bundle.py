@@ -12,14 +12,12 @@ import jinja2
 
 from kerasdefense import integrity
 from kerasdefense.attacks.norms import radius
-from kerasdefense.export.card import check_card
 from kerasdefense.export.saved_model import model_name, versions_of
 from kerasdefense.files import write_json, write_text
-from kerasdefense.integrity import CARD
+from kerasdefense.integrity import CARD, CONFIGS, check_card
 from kerasdefense.types import InputError
 
-MODELS, MODEL_CARD = "models.config", "MODEL_CARD.md"
-STATIC = ("batching.config", "monitoring.config", "docker-compose.yml")
+MODEL_CARD = "MODEL_CARD.md"
 MAX_BATCH = 128
 """Images that TF Serving answers at once, of one request or of several."""
 IMAGE = "2.15.1"
@@ -45,7 +43,7 @@ def write_bundle(folder: Path) -> None:
     if not numbers:
         raise InputError(f"{folder} holds no version to serve")
     known = {"name": model_name(folder), "max_batch": MAX_BATCH, "image": IMAGE, "stable": numbers[-1]}
-    for name in (*STATIC, MODELS):
+    for name in CONFIGS:
         write_text(folder / name, _render(name, {**known, "previous": numbers[-2] if len(numbers) > 1 else None}))
     version = folder / str(numbers[-1])
     card = json.loads((version / CARD).read_text(encoding="utf-8"))

@@ -13,14 +13,12 @@ from kerasdefense import config
 from kerasdefense.attacks.norms import radius
 from kerasdefense.defenses import DEFENSES, weight_perturbation
 from kerasdefense.detectors.rejection import RejectOption
-from kerasdefense.files import check_schema
 from kerasdefense.types import look_up
 
 AUTOATTACK = ("apgd_ce", "apgd_t", "fab_t", "square")
 """Its members by the names of attacks, as the suites have them."""
 NEXT_TO_NOTHING = 0.05
 """Robust accuracy that is no defense."""
-_SCHEMA = Path(__file__).with_name("card.schema.json")
 
 
 def card(
@@ -131,11 +129,6 @@ def _without_places(run: config.Run) -> config.Run:
         ),
         export=dataclasses.replace(run.export, dir=""),
     )
-
-
-def check_card(content: Mapping[str, Any]) -> None:
-    """Raise an InputError unless a complete card follows the package's JSON schema of card.json."""
-    check_schema(content, _SCHEMA, "card.json")
 
 
 def figures(results: Mapping[str, Any]) -> dict[str, Any]:

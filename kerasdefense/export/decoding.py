@@ -13,13 +13,12 @@ import tensorflow as tf
 
 LARGEST = 1 << 24
 """Pixels of a file's image, width * height as its header has them; files of larger images are not decoded."""
-_GIF_BLOCKS = 1 << 17
-"""Blocks of a GIF that are walked through; an image of LARGEST pixels has no more, of 255 bytes each."""
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM")
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+"""How JPEG and PNG files begin, a PNG with its header, which tells the size: behind another chunk it is not read."""
 
 
 def files_as_images(files: tf.Tensor, image_shape: Sequence[int]) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return the images of PNG, JPEG, BMP or GIF files, and which of these could be read.
+    """Return the images of PNG or JPEG files, and which of these could be read.
 
     Args:
         files: string [batch].
@@ -60,7 +59,7 @@ def _by_row(
 def _image(file: tf.Tensor, image_shape: Sequence[int]) -> tf.Tensor:
     """Return one file's image [height, width, channels] in 256 levels of [0, 1]; the graph raises if it is broken."""
     height, width, channels = image_shape
-    # Grey is made from colour, since BMP and GIF files are not decoded to one channel.
+    # Grey is made from colour here, so that both kinds are weighed alike.
     image = tf.io.decode_image(_checked(file), channels=max(channels, 3), expand_animations=False)
     image = tf.ensure_shape(image, (None, None, max(channels, 3)))
     image = tf.image.rgb_to_grayscale(image) if channels == 1 else image
@@ -69,61 +68,24 @@ def _image(file: tf.Tensor, image_shape: Sequence[int]) -> tf.Tensor:
 
 
 def _checked(file: tf.Tensor) -> tf.Tensor:
-    """Return a file, a GIF up to its first frame; an empty one in place of one that is too large or of no known kind.
+    """Return a file, or an empty one in place of one that is too large or neither PNG nor JPEG.
 
     What the decoder gets depends on the check, so that it cannot run before it.
     """
     starts = [tf.strings.substr(file, 0, len(magic)) == magic for magic in _MAGIC]
     kind = tf.argmax(tf.stack([*starts, True]))
-    headers = (_jpeg, _png, _gif, _bmp, lambda file: ("", tf.constant([0, 0], tf.int64)))
-    known, sides = tf.switch_case(tf.cast(kind, tf.int32), [lambda header=header: header(file) for header in headers])
-    pairs = tf.reshape(sides, [-1, 2])
-    fits = tf.reduce_all(pairs > 0) & tf.reduce_all(pairs[:, 0] <= LARGEST // pairs[:, 1])
-    return tf.where(fits, known, "")
+    headers = (_jpeg, _png, lambda file: tf.constant([0, 0], tf.int64))
+    sides = tf.switch_case(tf.cast(kind, tf.int32), [lambda header=header: header(file) for header in headers])
+    fits = tf.reduce_all(sides > 0) & (sides[0] <= LARGEST // sides[1])
+    return tf.where(fits, file, "")
 
 
-def _jpeg(file: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    return file, tf.cast(tf.image.extract_jpeg_shape(file)[:2], tf.int64)
+def _jpeg(file: tf.Tensor) -> tf.Tensor:
+    """Return the sides of a JPEG's image in pixels, int64 [2]."""
+    return tf.cast(tf.image.extract_jpeg_shape(file)[:2], tf.int64)
 
 
-def _png(file: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    return file, _numbers(file, 16, tf.int32, little_endian=False)
-
-
-def _bmp(file: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    return file, tf.abs(_numbers(file, 18, tf.int32))  # a height below zero tells that rows go downwards
-
-
-def _gif(file: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return a GIF up to its first frame, since the decoder unpacks all, and the sides of screen and frame [2 * 2]."""
-    content = tf.io.decode_raw(file, tf.uint8)
-
-    def at(place: tf.Tensor) -> tf.Tensor:
-        return tf.cast(content[place], tf.int32)
-
-    def table(flags: tf.Tensor) -> tf.Tensor:
-        return tf.where(flags >= 128, 3 * tf.bitwise.left_shift(2, flags % 8), 0)
-
-    def step(place: tf.Tensor, frame: tf.Tensor, inside: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        byte = at(place)
-        is_extension, is_frame = ~inside & (byte == 0x21), ~inside & (byte == 0x2C)
-        with tf.control_dependencies([tf.debugging.Assert(inside | is_extension | is_frame, ["no block of a GIF"])]):
-            past_frame = place + 11 + tf.cond(is_frame, lambda: table(at(place + 9)), lambda: 0)
-        after = tf.where(is_frame, past_frame, tf.where(is_extension, place + 2, place + 1 + byte))
-        return after, tf.where(is_frame, place, frame), ~inside | (byte > 0)
-
-    start = 13 + table(at(10))
-    end, frame, inside = tf.while_loop(
-        lambda place, frame, inside: inside | (frame == 0),
-        step,
-        (start, 0, False),
-        maximum_iterations=_GIF_BLOCKS,
-    )
-    sides = tf.concat([_numbers(file, 6, tf.uint16), _numbers(file, frame + 5, tf.uint16)], axis=0)
-    return tf.where(inside, "", tf.strings.substr(file, 0, end) + ";"), sides
-
-
-def _numbers(file: tf.Tensor, place: tf.Tensor, dtype: tf.DType, *, little_endian: bool = True) -> tf.Tensor:
-    """Return the two numbers that a file holds from a place on, int64 [2]."""
-    field = tf.strings.substr(file, place, 2 * dtype.size)
-    return tf.cast(tf.ensure_shape(tf.io.decode_raw(field, dtype, little_endian=little_endian), [2]), tf.int64)
+def _png(file: tf.Tensor) -> tf.Tensor:
+    """Return the sides of a PNG's image in pixels, int64 [2]."""
+    sides = tf.io.decode_raw(tf.strings.substr(file, 16, 8), tf.int32, little_endian=False)
+    return tf.cast(tf.ensure_shape(sides, [2]), tf.int64)

@@ -13,10 +13,10 @@ import numpy as np
 
 from kerasdefense.defenses import Defense, as_kept
 from kerasdefense.export.bundle import write_bundle
-from kerasdefense.export.card import about, check_card, figures
+from kerasdefense.export.card import about, figures
 from kerasdefense.export.saved_model import versions_of
 from kerasdefense.files import replacing, write_json
-from kerasdefense.integrity import CARD, MODEL, OUTCOMES, sha256
+from kerasdefense.integrity import CARD, MODEL, OUTCOMES, check_card, sha256
 from kerasdefense.types import InputError
 
 

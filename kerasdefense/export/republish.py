@@ -62,7 +62,7 @@ def republish(folder: Path, into: Path, *, version: int = 0) -> Path:
             version=version,
             card={**kept, "keras_import": keras_import},
             reject=reject,
-            diagnostics=DIAGNOSE in before.signatures,
+            diagnostics=DIAGNOSE in before.signatures or bool(card["config"].get("export", {}).get("diagnostics")),
         )
     for name in (MODEL, OUTCOMES):
         if (folder / name).is_file() and folder.resolve() != into.resolve():

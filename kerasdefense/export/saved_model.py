@@ -14,7 +14,6 @@ import tensorflow as tf
 
 from kerasdefense.defenses import Defense
 from kerasdefense.detectors.rejection import RejectOption
-from kerasdefense.export.card import check_card
 from kerasdefense.export.signatures import (
     DENOISE,
     DIAGNOSE,
@@ -26,7 +25,7 @@ from kerasdefense.export.signatures import (
 )
 from kerasdefense.export.warmup import write_warm_up
 from kerasdefense.files import replacing, write_error, write_json
-from kerasdefense.integrity import CARD, digests
+from kerasdefense.integrity import CARD, check_card, digests
 from kerasdefense.types import InputError, UsageError
 
 LABELS, DENOISER = "labels.txt", "denoiser.keras"
@@ -61,13 +60,15 @@ def save(
         version: number of the version, from 1 on; 0 = one above the highest there.
         card: what `export.card` returned; `card.json` is this and the SHA-256 of every other file.
         reject: detector and threshold that the SavedModel judges images by as well; None = none.
-        diagnostics: whether a defense that draws at random also gets the signature `diagnose(image, seed)`.
+        diagnostics: whether it also gets the signature `denoise(image)` where it purifies images, and
+            `diagnose(image, seed)` where it draws at random.
 
     Returns:
         The version's folder.
 
     Raises:
-        UsageError: a version that is there already, or diagnostics of a defense that draws nothing at random.
+        UsageError: a version that is there already, or diagnostics of a defense that neither draws at random nor
+            purifies images.
         InputError: a model, labels or card that cannot be exported, or a SavedModel unlike the defense.
         OSError: a write failed.
     """
@@ -162,13 +163,13 @@ def _compare_draws(defense: Defense, loaded: Any, image: tf.Tensor) -> None:
 
 
 def _compare_purifier(purifier: Any, loaded: Any, path: Path, image: tf.Tensor) -> None:
-    """Raise an InputError unless the signature `denoise` and `denoiser.keras` give a purifier's images."""
+    """Raise an InputError unless `denoiser.keras` and, where it is exported, `denoise` give a purifier's images."""
     seed = _seeds(image)
     expected = purified(purifier, image, seed).numpy()
-    denoise = loaded.signatures[DENOISE]
-    if is_randomised(purifier):
+    denoise = loaded.signatures.get(DENOISE)
+    if denoise is not None and is_randomised(purifier):
         _check_fresh(lambda: denoise(image=image)["image_denoised"], lambda: purifier(image, training=False), "images")
-    else:
+    elif denoise is not None:
         _check_close(denoise(image=image)["image_denoised"].numpy(), expected, "denoised images")
     diagnose = loaded.signatures.get(DIAGNOSE)
     if diagnose is not None:

@@ -17,7 +17,7 @@ from kerasdefense.types import InputError, UsageError
 
 SIGNATURES = ("serving_default", "image_bytes", "examples")
 DENOISE = "denoise"
-"""One more, of a defense that purifies images before they are classified."""
+"""One more, only where it is asked for, of a defense that purifies images before they are classified."""
 DIAGNOSE = "diagnose"
 """One more, only where it is asked for, of a defense that draws at random: whoever calls it chooses the noise."""
 _CHANNELS = (1, 3, 4)
@@ -31,8 +31,8 @@ def serving_module(
     They take a batch of any size, empty ones too:
 
     - `serving_default(image)`: float32 [batch, height, width, channels] in [0, 1];
-    - `image_bytes(image_bytes)`: string [batch], image files (PNG, JPEG, BMP or the first frame of a GIF) of
-      any size, which are decoded, converted to the model's channels and resized as training images are;
+    - `image_bytes(image_bytes)`: string [batch], PNG or JPEG files of any size up to `decoding.LARGEST`
+      pixels, which are decoded, converted to the model's channels and resized as training images are;
     - `examples(examples)`: string [batch], serialised `tf.train.Example` with such a file as feature `image`; it leaves
       `class_name` out, since TFX's BulkInferrer fails on outputs that are one string for each image.
 
@@ -48,51 +48,53 @@ def serving_module(
     or lacks the feature has `valid` and `accepted` false, logits and probabilities 0, label -1, class name "" and as
     anomaly score the largest float32.
 
-    A defense that purifies images has `denoise(image)` besides, of the input of `serving_default`, which returns
-    `image_denoised` float32 [batch, height, width, channels] in [0, 1].
+    Diagnostics of a defense that purifies images are `denoise(image)`, of the input of `serving_default`, which returns
+    `image_denoised` float32 [batch, height, width, channels] in [0, 1]; those of one that draws at random are
+    `diagnose(image, seed)`, as `seeded` describes it. Whoever attacks the model learns from either.
 
-    A defense that draws at random draws anew for each image of each request, and none of these takes a seed.
+    A defense that draws at random draws anew for each image of each request; only `diagnose` takes a seed.
 
     Args:
         defense: what is exported; its `call` is the whole defended path.
         labels: class names, in label order.
         reject: a fitted detector and its threshold; None = every image is answered.
-        diagnostics: whether there is `diagnose(image, seed)` as well, as `seeded` describes it.
+        diagnostics: whether there are `denoise` and `diagnose` as well, each where it has something to tell.
 
     Raises:
         InputError: not one label per class, or a model that images in files cannot feed.
-        UsageError: diagnostics of a model that draws nothing at random.
+        UsageError: diagnostics of a model that neither draws at random nor purifies images.
     """
-    if diagnostics and not is_randomised(defense):
-        raise UsageError("--export_diagnostics is for models that draw at random; this one does not, leave it out")
-    image_shape = _image_shape(defense, labels)
     purifier: Any = defense.purification()
+    if diagnostics and purifier is None and not is_randomised(defense):
+        raise UsageError("--export_diagnostics is for models that draw at random or purify images; leave it out")
+    image_shape = _image_shape(defense, labels)
     of_images = _of_images(image_shape)
     answer = _answering(defense, labels, reject)
 
     @tf.function(input_signature=[of_images])
     def serving_default(image: tf.Tensor) -> dict[str, tf.Tensor]:
+        image = _of_shape(image)
         return answer(image, _in_range(image))
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")])
     def image_bytes(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        return answer(*files_as_images(image_bytes, image_shape))
+        return answer(*files_as_images(_of_shape(image_bytes), image_shape))
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "examples")])
     def examples(examples: tf.Tensor) -> dict[str, tf.Tensor]:
-        answers = answer(*examples_as_images(examples, image_shape))
+        answers = answer(*examples_as_images(_of_shape(examples), image_shape))
         del answers["class_name"]
         return answers
 
     @tf.function(input_signature=[of_images])
     def denoise(image: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"image_denoised": purifier(_filled(image), training=False)[: tf.shape(image)[0]]}
+        return {"image_denoised": purifier(_filled(_of_shape(image)), training=False)[: tf.shape(image)[0]]}
 
     module = tf.Module(name="serving")
     module.serving_default, module.image_bytes, module.examples = serving_default, image_bytes, examples
-    if purifier is not None:
+    if diagnostics and purifier is not None:
         module.denoise = denoise
-    if diagnostics:
+    if diagnostics and is_randomised(defense):
         module.diagnose = seeded(defense)
     # Only these are saved: no optimizer, metrics or Keras classes, which a loader would have to know.
     module.weights = list(answer.get_concrete_function().graph.variables)
@@ -148,7 +150,7 @@ def seeded(defense: Defense) -> Any:
 
     @tf.function(input_signature=[of_images, tf.TensorSpec([None, 2], tf.int32, "seed")])
     def diagnose(image: tf.Tensor, seed: tf.Tensor) -> dict[str, tf.Tensor]:
-        size, image, seed = tf.shape(image)[0], _filled(image), _filled(seed)
+        size, image, seed = tf.shape(image)[0], _filled(_of_shape(image)), _filled(_of_shape(seed))
         logits = tf.cast(defense(image, training=False, seed=seed), tf.float32)[:size]
         found = {"logits": logits, "probabilities": tf.nn.softmax(logits)}
         if purifier is not None:
@@ -165,6 +167,15 @@ def purified(purifier: Any, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
 
 def _of_images(image_shape: Sequence[int]) -> tf.TensorSpec:
     return tf.TensorSpec([None, *image_shape], tf.float32, "image")
+
+
+def _of_shape(fed: tf.Tensor) -> tf.Tensor:
+    """Return what a signature is given as it is; the graph raises InvalidArgument where its shape is not the input's.
+
+    TF Serving feeds a session, which does not look at the shapes of placeholders. To the graph the shape is unknown
+    here, else its optimiser would take the check for needless.
+    """
+    return tf.ensure_shape(tf.compat.v1.placeholder_with_default(fed, shape=None), fed.shape)
 
 
 def _in_range(image: tf.Tensor) -> tf.Tensor:

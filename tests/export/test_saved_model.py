@@ -233,12 +233,15 @@ def test_random_model_unlike_the_defense_at_the_same_draw_is_not_kept(make, labe
 
 def test_random_model_is_served_with_fresh_noise_and_without_seeds(noisy, noisy_versions, pixels):
     loaded = tf.saved_model.load(str(noisy_versions[0]))
-    assert set(loaded.signatures) == {*export.SIGNATURES, "denoise"} and not hasattr(loaded, "diagnose")
+    assert set(loaded.signatures) == set(export.SIGNATURES)
+    assert not hasattr(loaded, "diagnose") and not hasattr(loaded, "denoise")
+    diagnosed = tf.saved_model.load(str(noisy_versions[1]))
+    assert set(diagnosed.signatures) == {*export.SIGNATURES, "denoise", "diagnose"}
     image = tf.constant(np.repeat(pixels[:1] / np.float32(255), 3, axis=0))  # each image has noise of its own
     for name, output in {"serving_default": "logits", "denoise": "image_denoised"}.items():
-        first, second = (loaded.signatures[name](image=image)[output].numpy().reshape(3, -1) for _ in range(2))
+        first, second = (diagnosed.signatures[name](image=image)[output].numpy().reshape(3, -1) for _ in range(2))
         assert len(np.unique(np.concatenate([first, second]), axis=0)) == 6
-        assert loaded.signatures[name](image=image[:0])[output].shape[0] == 0
+        assert diagnosed.signatures[name](image=image[:0])[output].shape[0] == 0
     assert graph_ops(noisy_versions[0]) & {"NonDeterministicInts"} and not graph_ops(noisy_versions[0]) & PYTHON_OPS
 
 
@@ -278,8 +281,8 @@ def test_frozen_noise_and_other_weights_are_not_kept(make, noisy, labels, card, 
     assert not os.listdir(tmp_path)
 
 
-def test_diagnostics_of_a_model_that_draws_nothing_are_refused(defense, labels, card, tmp_path):
-    with pytest.raises(UsageError, match="--export_diagnostics is for models that draw at random"):
+def test_diagnostics_of_a_model_that_neither_draws_nor_purifies_are_refused(defense, labels, card, tmp_path):
+    with pytest.raises(UsageError, match="--export_diagnostics is for models that draw at random or purify"):
         export.save(defense, tmp_path, labels=labels, version=0, card=card, diagnostics=True)
     assert not os.listdir(tmp_path)
 
@@ -302,14 +305,18 @@ def test_replicated_defense_is_saved_like_any_other(make, labels, card, tmp_path
     np.testing.assert_allclose(found["logits"], defense(image), atol=1e-5)
 
 
-def test_denoiser_is_exported_alone_and_as_a_signature(make, labels, card, pixels, tmp_path):
+def test_denoiser_is_exported_alone_and_as_a_signature_where_asked_for(make, labels, card, pixels, tmp_path):
     defense = make(functools.partial(CAFD, denoiser_width=2, critic_width=2))
     kernel = defense.denoiser.get_layer("residual").kernel
     kernel.assign(tf.random.stateless_normal(kernel.shape, [0, 0]))  # it begins as zero
-    version = export.save(defense, tmp_path, labels=labels, version=1, card=card)
+    bare = export.save(defense, tmp_path, labels=labels, version=1, card=card)
+    assert set(tf.saved_model.load(str(bare)).signatures) == set(export.SIGNATURES)
+    version = export.save(defense, tmp_path, labels=labels, version=2, card=card, diagnostics=True)
     image = tf.constant(pixels / np.float32(255))
     alone = keras.models.load_model(version / "denoiser.keras")
-    signature = tf.saved_model.load(str(version)).signatures["denoise"]
+    signatures = tf.saved_model.load(str(version)).signatures
+    assert set(signatures) == {*export.SIGNATURES, "denoise"}
+    signature = signatures["denoise"]
     for denoised in (alone(image), signature(image=image)["image_denoised"]):
         np.testing.assert_allclose(denoised, defense.denoised(image), atol=1e-5)
     assert np.abs(alone(image) - image).max() > 1e-3

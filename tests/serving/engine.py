@@ -108,9 +108,6 @@ class Engine:
         if dtype != spec.dtype:
             text = f"Expects arg[0] to be {spec.dtype.name} but {dtype.name} is provided"
             raise Refused("INVALID_ARGUMENT", text)
-        if not spec.shape.is_compatible_with(rows.shape):
-            text = f"Input to reshape has shape {list(rows.shape)}, but {spec.shape} was expected"
-            raise Refused("INVALID_ARGUMENT", text)
         try:
             outputs = function(**{argument: tf.constant(rows, spec.dtype)})
         except tf.errors.OpError as error:

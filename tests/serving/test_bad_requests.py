@@ -52,6 +52,11 @@ def png_of(width, height, data, *, depth=8):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
+def png_behind_a_chunk():
+    """One that no decoder of ours may look into: where its header tells its size, another chunk stands."""
+    return PNG[:8] + chunk(b"prVt", struct.pack(">II", 8, 8)) + PNG[8:]
+
+
 def png_bomb():
     """A real image of 30,000 x 30,000 black pixels, in 0.1 MB."""
     return png_of(30_000, 30_000, zlib.compress(bytes(30_000 // 8 + 1) * 30_000, 9), depth=1)
@@ -63,7 +68,7 @@ def changed(value):
     return image
 
 
-PNG, JPEG, GIF = encoded("PNG"), encoded("JPEG"), encoded("GIF")
+PNG, JPEG = encoded("PNG"), encoded("JPEG")
 BAD_FLOATS = {
     "nan": changed(np.nan),
     "infinity": changed(np.inf),
@@ -84,7 +89,9 @@ BAD_FILES = {
     "png_signature_alone": PNG[:8],
     "truncated_png": PNG[:-30],
     "truncated_jpeg": JPEG[: len(JPEG) // 4],
-    "truncated_gif": GIF[:20],
+    "gif": encoded("GIF"),
+    "bmp": encoded("BMP"),
+    "png_behind_a_chunk": png_behind_a_chunk(),
     "png_with_a_flipped_bit": PNG[:60] + bytes([PNG[60] ^ 1]) + PNG[61:],
     "png_of_no_pixels": png_of(0, 0, zlib.compress(b"")),
     "png_that_promises_more": png_of(100_000, 100_000, zlib.compress(bytes(100))),
