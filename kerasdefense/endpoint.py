@@ -61,17 +61,17 @@ def opened(address: str) -> Iterator[Loaded]:
         InputError: a server that has no such model, or does not answer as it should.
     """
     try:
-        from kerasdefense import serving
+        from kerasdefense.serving import Client
     except ImportError as error:
         raise UsageError(
             "an endpoint is asked by the extra serving; install it with: pip install '.[serving]'"
         ) from error
-    with serving.Client(address, timeout=_TIMEOUT) as client:
+    with Client(address, timeout=_TIMEOUT) as client:
         available = [each.version for each in client.status() if each.state == "AVAILABLE"]
         if not available:
             raise InputError(f"{client.target} has no version that is available")
         name, version = client.target.name, max(available)
-    with serving.Client(address, version=version, timeout=_TIMEOUT, retries=_RETRIES) as client:
+    with Client(address, version=version, timeout=_TIMEOUT, retries=_RETRIES) as client:
         asked = _Asked(client)
         facts = {"address": f"{client.target.scheme}://{client.target.server}", "name": name, "version": version}
         digest = hashlib.sha256(str(client.target).encode()).hexdigest()

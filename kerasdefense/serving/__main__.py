@@ -2,7 +2,10 @@
 
 import sys
 
-from kerasdefense.serving.command import main
-
 if __name__ == "__main__":
+    try:
+        from kerasdefense.serving.command import main
+    except ModuleNotFoundError as error:
+        lacks = f"{error.name} is not installed"
+        sys.exit(f"error: {lacks}, which the extra serving brings; install it with: pip install '.[serving]'")
     sys.exit(main(sys.argv[1:]))

@@ -17,6 +17,8 @@ from kerasdefense.serving.transport_rest import RESTTransport
 from kerasdefense.types import UsageError
 
 _RAISE, _RETURN = "raise", "return"
+LONGEST_TIMEOUT = 1e6
+"""Seconds; the waits of sockets are 2^31 ms at most."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,9 +54,9 @@ class Client:
         name: the model's name; None = that of the address, else `classifier`.
         version: number of a version; None = the server's choice, the newest as a rule.
         version_label: label of a version, instead of a number.
-        timeout: seconds that a call may take in all, with its batches, attempts and pauses.
+        timeout: seconds that a call may take in all, with its batches, attempts and pauses; at most a million.
         retries: attempts after the first where the server is not available (UNAVAILABLE, HTTP 503, connection refused),
-            or has merged the request with a wrong one of somebody else's; nothing else is tried again.
+            or, twice at most, has merged the request with one of another shape; nothing else is tried again.
         batch_size: images that are sent at once.
         max_message_bytes: largest request and answer of gRPC; -1 = any size.
 
@@ -74,9 +76,9 @@ class Client:
         batch_size: int = 32,
         max_message_bytes: int = -1,
     ) -> None:
-        if not timeout > 0 or retries < 0 or batch_size < 1:
-            given = f"{timeout}, {retries} and {batch_size}"
-            raise UsageError(f"timeout must be above 0, retries at least 0 and batch_size at least 1, not {given}")
+        if not 0 < timeout <= LONGEST_TIMEOUT or retries < 0 or batch_size < 1:
+            legal = f"above 0 and at most {LONGEST_TIMEOUT:g}, retries at least 0 and batch_size at least 1"
+            raise UsageError(f"timeout must be {legal}, not {timeout}, {retries} and {batch_size}")
         self.target = parse(address, name=name, version=version, label=version_label)
         self.timeout = timeout
         self.retries = retries
@@ -86,6 +88,7 @@ class Client:
             if self.target.scheme == "grpc"
             else RESTTransport(self.target)
         )
+        self._is_closed = False
 
     def __enter__(self) -> Client:
         return self
@@ -99,15 +102,18 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Let go of connections; the client asks nothing any more."""
+        self._is_closed = True
         self._transport.close()
 
     def status(self) -> list[ModelVersion]:
         """Return the versions of the model that the server knows, or the chosen one.
 
         Raises:
+            UsageError: the client has been closed.
             ServingError: as `predict` does.
         """
+        self._check_open()
         return attempted(self._transport.status, Deadline(self.timeout), self.retries)
 
     def predict(self, images: Images, *, on_invalid: str = _RAISE) -> list[Prediction]:
@@ -127,9 +133,11 @@ class Client:
             UnavailableError: no server took the request.
             DeadlineError: no answer in time.
             ServingError: whatever else a server does wrong.
+            UsageError: another `on_invalid`, or the client has been closed.
         """
         if on_invalid not in (_RAISE, _RETURN):
             raise UsageError(f"on_invalid is {_RAISE!r} or {_RETURN!r}, not {on_invalid!r}")
+        self._check_open()
         request = to_request(images)
         if not len(request.rows):
             return []
@@ -138,6 +146,10 @@ class Client:
         if bad.size and on_invalid == _RAISE:
             raise InvalidImageError(bad.tolist(), [request.names[row] for row in bad])
         return [_prediction(outputs, row) for row in range(len(request.rows))]
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise UsageError("the client has been closed: make another one")
 
     def _outputs(self, request: Request) -> Outputs:
         """Return the outputs for all rows of a request, batch by batch within one deadline."""

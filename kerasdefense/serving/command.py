@@ -77,6 +77,8 @@ def _read(name: str) -> Union[bytes, str]:
         return Path(name).read_bytes()
     except OSError as error:
         return (error.strerror or "cannot be read").lower()
+    except ValueError:  # a name with a zero byte
+        return "no name of a file"
 
 
 def _reason(prediction: Optional[Prediction]) -> str:

@@ -12,7 +12,11 @@ class ServingError(InputError):
 
 
 class UnavailableError(ServingError):
-    """No server at the address, or one that does not take the request at the moment; the only error tried again."""
+    """No server at the address, or one that does not take the request at the moment; only this is tried again."""
+
+
+class MergedError(UnavailableError):
+    """A request that the server merged with one of another shape, and refused with it; either may be the wrong one."""
 
 
 class DeadlineError(ServingError):

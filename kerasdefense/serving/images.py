@@ -41,7 +41,7 @@ def to_request(images: Images) -> Request:
     if isinstance(images, (bytes, bytearray, memoryview, str, os.PathLike)):
         images = [images]
     if not isinstance(images, (list, tuple)):
-        return _of_array(np.asarray(images))
+        return _of_array(_array(images))
     kinds = sorted({_kind(each) for each in images})
     if len(kinds) > 1:
         raise InputError(f"images of one call are of one kind, not {' and '.join(kinds)}")
@@ -49,7 +49,7 @@ def to_request(images: Images) -> Request:
         return _files([bytes(each) for each in images], _numbered(len(images)))
     if kinds == ["paths"]:
         return _files([_read(Path(each)) for each in images], [str(each) for each in images])
-    return _of_list([np.asarray(each) for each in images])
+    return _of_list([_array(each) for each in images])
 
 
 def _kind(image: Any) -> str:
@@ -57,8 +57,15 @@ def _kind(image: Any) -> str:
         return "bytes"
     if isinstance(image, (str, os.PathLike)):
         return "paths"
-    dtype = np.asarray(image).dtype
+    dtype = _array(image).dtype
     return f"{'float' if np.issubdtype(dtype, np.floating) else dtype.name} arrays"
+
+
+def _array(image: Any) -> np.ndarray:
+    try:
+        return np.asarray(image)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"an image is no array: {' '.join(str(error).split())}") from error
 
 
 def _of_array(array: np.ndarray) -> Request:
@@ -104,8 +111,8 @@ def _png(image: np.ndarray) -> bytes:
 def _read(path: Path) -> bytes:
     try:
         return path.expanduser().read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (OSError, RuntimeError, ValueError) as error:  # also no such user behind ~, or a zero byte
+        raise InputError(f"{str(path)!r:.200} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _numbered(count: int) -> list[str]:

@@ -6,11 +6,13 @@ import random
 import time
 from typing import Callable, TypeVar
 
-from kerasdefense.serving.errors import DeadlineError, UnavailableError
+from kerasdefense.serving.errors import DeadlineError, MergedError, UnavailableError
 
 T = TypeVar("T")
 _FIRST, _LONGEST = 0.1, 5.0
 """Seconds before the second attempt, and the longest pause."""
+_MERGED = 2
+"""Attempts after a merged refusal, however many others are left: a wrong request spoils those of others each time."""
 _RANDOM = random.Random()
 """Not the generator that programs seed, whose draws do not depend on how often a server was busy."""
 
@@ -47,16 +49,18 @@ def attempted(call: Callable[[float], T], deadline: Deadline, retries: int) -> T
         retries: attempts after the first.
 
     Raises:
-        UnavailableError: nobody took the last attempt, or the next pause would have gone past the deadline.
+        UnavailableError: nobody took the last attempt, or the next pause would have gone past the deadline; or a
+            MergedError, the request was refused with one of another shape for the third time.
         DeadlineError: there was no time for another attempt.
     """
-    attempt = 0
+    attempt, merged = 0, 0
     while True:
         try:
             return call(deadline.left())
-        except UnavailableError:
+        except UnavailableError as error:
             wait = pause(attempt)
-            if attempt >= retries or wait >= deadline.left():
+            merged += isinstance(error, MergedError)
+            if attempt >= retries or merged > _MERGED or wait >= deadline.left():
                 raise
         time.sleep(wait)
         attempt += 1

@@ -12,6 +12,7 @@ import numpy as np
 from kerasdefense.serving.errors import (
     DeadlineError,
     InvalidRequestError,
+    MergedError,
     NotFoundError,
     ServingError,
     UnavailableError,
@@ -35,6 +36,8 @@ _LABEL = "Unrecognized servable version label"
 """How TF Serving's message begins where a label is unknown; its code is INVALID_ARGUMENT."""
 _MERGED = "from different tasks have different shapes"
 """A part of its message to all whose requests were merged, where one of them has another shape; FAILED_PRECONDITION."""
+
+_LAST_VERSION = 2**63 - 1
 
 Outputs = Mapping[str, np.ndarray]
 
@@ -84,19 +87,27 @@ def parse(address: str, *, name: Optional[str], version: Optional[int], label: O
     Raises:
         UsageError: another form of address, or both a version and a label.
     """
-    parts = urllib.parse.urlsplit(address)
-    try:
-        port = parts.port
-    except ValueError:
-        port = None
+    parts, port = _split(address)
     path = parts.path.strip("/")
     if parts.scheme not in SCHEMES or not parts.hostname or port is None or "/" in path or parts.query:
         raise UsageError(f"an address is grpc://host:port, http://host:port or either with /model, not {address!r}")
+    for text in (address, name or "", label or ""):
+        if not text.isprintable():
+            raise UsageError(f"addresses, names and labels are of characters that can be printed, unlike {text!r}")
     if version is not None and label is not None:
         raise UsageError("choose a version or a version label, not both")
-    if version is not None and version < 0:
-        raise UsageError(f"a version is a number from 0 on, not {version}")
+    if version is not None and not 0 <= version <= _LAST_VERSION:
+        raise UsageError(f"a version is a number from 0 to 2^63 - 1, not {version}")
     return Target(parts.scheme, parts.netloc, name or path or MODEL, version, label)
+
+
+def _split(address: str) -> tuple[urllib.parse.SplitResult, Optional[int]]:
+    """Return the parts of an address and its port, without a host where it has no such form."""
+    try:
+        parts = urllib.parse.urlsplit(address)
+        return parts, parts.port
+    except ValueError:  # brackets that do not close, or a port that is no number
+        return urllib.parse.SplitResult("", "", "", "", ""), None
 
 
 def checked(outputs: Mapping[str, Any], count: int, target: Target) -> Outputs:
@@ -107,8 +118,8 @@ def checked(outputs: Mapping[str, Any], count: int, target: Target) -> Outputs:
         raise ServingError(f"{target} has no output {missing[0]}, only: {found}; export it anew with --mode=export")
     try:
         arrays = {name: np.asarray(outputs[name], kind) for name, kind in _OUTPUTS.items()}
-    except (TypeError, ValueError) as error:
-        raise ServingError(f"{target} gave outputs of other types: {error}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ServingError(f"{target} gave outputs of other types: {one_line(str(error))}") from error
     for name, array in arrays.items():
         if array.ndim != (2 if name in ("probabilities", "logits") else 1) or len(array) != count:
             raise ServingError(f"{target} gave {name} of shape {array.shape} for {count} images")
@@ -124,7 +135,7 @@ def refusal(code: str, message: str, target: Target) -> ServingError:
     """Return the error for a status code of gRPC by name and the server's message."""
     line = one_line(message)
     if _MERGED in message:
-        return UnavailableError(f"{target} merged the request with one of another shape, and refused both: {line}")
+        return MergedError(f"{target} merged the request with one of another shape, and refused both: {line}")
     if code == "UNAVAILABLE":
         return UnavailableError(f"{target} is not available: {line}")
     if code == "DEADLINE_EXCEEDED":

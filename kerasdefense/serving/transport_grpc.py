@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import grpc
 import numpy as np
 import tensorflow as tf
@@ -13,8 +16,8 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-from kerasdefense.serving.errors import ServingError
-from kerasdefense.serving.transport import ModelVersion, Outputs, Target, checked, refusal
+from kerasdefense.serving.errors import InvalidRequestError, ServingError
+from kerasdefense.serving.transport import ModelVersion, Outputs, Target, checked, one_line, refusal
 
 _RECONNECT = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 2000))
 """A server that comes back is found within the pauses between attempts; by default a channel waits up to 2 minutes."""
@@ -38,24 +41,24 @@ class GRPCTransport:
     def predict(self, signature: str, argument: str, rows: np.ndarray, timeout: float) -> Outputs:
         """Return the outputs of a signature, as `Transport` says."""
         request = predict_pb2.PredictRequest(model_spec=self._spec(signature))
-        request.inputs[argument].CopyFrom(tf.make_tensor_proto(rows))
         try:
-            answer = self._predict(request, timeout=timeout)
-        except grpc.RpcError as error:
-            raise self._typed(error) from error
-        outputs = {name: tf.make_ndarray(each) for name, each in answer.outputs.items()}
+            request.inputs[argument].CopyFrom(tf.make_tensor_proto(rows))
+        except ValueError as error:  # above 2 GB
+            raise InvalidRequestError(f"{self._target} cannot be sent so much: {one_line(str(error))}") from error
+        answer = self._asked(self._predict, request, timeout)
+        try:
+            outputs = {name: tf.make_ndarray(each) for name, each in answer.outputs.items()}
+        except (TypeError, ValueError) as error:
+            raise ServingError(f"{self._target} gave outputs that cannot be read: {one_line(str(error))}") from error
         return checked(outputs, len(rows), self._target)
 
     def status(self, timeout: float) -> list[ModelVersion]:
         """Return the versions that the server knows."""
         request = get_model_status_pb2.GetModelStatusRequest(model_spec=self._spec(""))
-        try:
-            answer = self._status(request, timeout=timeout)
-        except grpc.RpcError as error:
-            raise self._typed(error) from error
-        state = get_model_status_pb2.ModelVersionStatus.State.Name
+        answer = self._asked(self._status, request, timeout)
+        names = {number: name for name, number in get_model_status_pb2.ModelVersionStatus.State.items()}
         return [
-            ModelVersion(each.version, state(each.state), each.status.error_message)
+            ModelVersion(each.version, names.get(each.state, str(each.state)), each.status.error_message)
             for each in answer.model_version_status
         ]
 
@@ -71,5 +74,11 @@ class GRPCTransport:
             spec.version_label = self._target.label
         return spec
 
-    def _typed(self, error: grpc.RpcError) -> ServingError:
-        return refusal(error.code().name, error.details() or "", self._target)
+    def _asked(self, call: Callable[..., Any], request: Any, timeout: float) -> Any:
+        """Return what the server answers to a request."""
+        try:
+            return call(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise refusal(error.code().name, error.details() or "", self._target) from error
+        except ValueError as error:  # another thread has closed the channel
+            raise ServingError(f"{self._target} cannot be asked: {one_line(str(error))}") from error

@@ -55,15 +55,22 @@ class RESTTransport:
         outputs = self._ask(f"{self._address}:predict", body, timeout).get("outputs")
         if not isinstance(outputs, dict):
             raise ServingError(f"{self._target} gave no outputs by name")
-        return checked({name: _decoded(each) for name, each in outputs.items()}, len(rows), self._target)
+        try:
+            decoded = {name: _decoded(each) for name, each in outputs.items()}
+        except (TypeError, ValueError) as error:
+            raise ServingError(f"{self._target} gave base64 that cannot be read: {one_line(str(error))}") from error
+        return checked(decoded, len(rows), self._target)
 
     def status(self, timeout: float) -> list[ModelVersion]:
         """Return the versions that the server knows."""
         versions = self._ask(self._address, None, timeout).get("model_version_status", [])
-        return [
-            ModelVersion(int(each["version"]), each["state"], each.get("status", {}).get("error_message", ""))
-            for each in versions
-        ]
+        try:
+            return [
+                ModelVersion(int(each["version"]), each["state"], each.get("status", {}).get("error_message", ""))
+                for each in versions
+            ]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ServingError(f"{self._target} gave no status that can be read: {versions!r:.200}") from error
 
     def close(self) -> None:
         """Close the connections that no call is using."""
@@ -118,7 +125,7 @@ class RESTTransport:
     def _read(self, code: int, content: bytes) -> dict[str, Any]:
         try:
             answer = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = None
         if code == 200 and isinstance(answer, dict) and "error" not in answer:
             return answer

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,12 +23,15 @@ from kerasdefense.serving import (
     DeadlineError,
     InvalidImageError,
     InvalidRequestError,
+    MergedError,
     NotFoundError,
     ServingError,
     UnavailableError,
     transport_rest,
 )
-from kerasdefense.serving.retries import pause
+from kerasdefense.serving.retries import Deadline, attempted, pause
+from kerasdefense.serving.transport import _OUTPUTS
+from kerasdefense.serving.transport_rest import RESTTransport
 from kerasdefense.types import InputError, UsageError
 
 from .stub import binary, serving
@@ -105,6 +113,9 @@ def test_kinds_of_images_agree(digits, address, tmp_path):
         (np.zeros([2, 0, 8, 1], np.uint8), "some pixels"),
         ("no/such/file.png", "cannot be read: No such file"),
         (None, "not ()"),
+        ([[[0.5], [0.5, 0.5]]], "an image is no array"),
+        ("a\0b", "cannot be read: embedded null byte"),
+        ("~nosuchuser/x", "cannot be read"),
     ],
 )
 def test_images_of_other_kinds_are_refused_before_anything_is_sent(images, message, free_port):
@@ -190,8 +201,16 @@ def test_model_without_the_outputs_is_refused(digits, tmp_path):
         ("grpc://localhost:port", {}),
         ("grpc://localhost:1/a/b", {}),
         ("grpc://localhost:1", {"version": 1, "version_label": "stable"}),
+        ("grpc://[::1:8500", {}),
+        ("grpc://localhost:1/\udc80", {}),
         ("grpc://localhost:1", {"version": -1}),
+        ("grpc://localhost:1", {"version": 2**63}),
+        ("grpc://localhost:1", {"name": "\udc80"}),
+        ("http://localhost:1", {"version_label": "\udc80"}),
         ("grpc://localhost:1", {"timeout": 0}),
+        ("grpc://localhost:1", {"timeout": float("nan")}),
+        ("http://localhost:1", {"timeout": float("inf")}),
+        ("http://localhost:1", {"timeout": 1e12}),
         ("grpc://localhost:1", {"retries": -1}),
         ("grpc://localhost:1", {"batch_size": 0}),
     ],
@@ -199,6 +218,65 @@ def test_model_without_the_outputs_is_refused(digits, tmp_path):
 def test_wrong_usage_is_told(address, choice):
     with pytest.raises(UsageError):
         Client(address, **choice)
+
+
+def test_longest_timeout_and_last_version_can_be_sent(digits, address):
+    with Client(address, timeout=1e6) as client:
+        assert len(client.predict(digits.image[:1])) == 1
+    with Client(address, version=2**63 - 1, timeout=1e6) as client, pytest.raises(NotFoundError):
+        client.predict(digits.image[:1])
+
+
+def test_closed_client_is_told(digits, address):
+    with Client(address) as client:
+        client.predict(digits.image[:1])
+    for ask in (client.status, lambda: client.predict(digits.image[:1])):
+        with pytest.raises(UsageError, match="closed"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"outputs": {"class_name": [{"b64": 1}]}}, "base64 that cannot be read"),
+        ({"outputs": {"class_name": [{"b64": "a"}]}}, "base64 that cannot be read"),
+        ({"outputs": {name: [2**70] for name in _OUTPUTS}}, "outputs of other types"),
+        ({"outputs": {name: [None] for name in _OUTPUTS}}, "outputs of other types"),
+        ({"outputs": []}, "no outputs by name"),
+        ([], "failed"),
+    ],
+)
+def test_answer_that_cannot_be_read_is_told(answer, message, digits, monkeypatch):
+    monkeypatch.setattr(RESTTransport, "_ask", lambda self, *rest: self._read(200, json.dumps(answer).encode()))
+    with Client("http://localhost:1") as client, pytest.raises(ServingError, match=message) as caught:
+        client.predict(digits.image[:1])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("versions", [[{"state": "AVAILABLE"}], [{"version": "one", "state": "END"}], 3, ["1"]])
+def test_status_that_cannot_be_read_is_told(versions, monkeypatch):
+    monkeypatch.setattr(RESTTransport, "_ask", lambda *rest: {"model_version_status": versions})
+    with Client("http://localhost:1") as client, pytest.raises(ServingError, match="no status that can be read"):
+        client.status()
+
+
+def test_nested_answer_is_told(digits, monkeypatch):
+    monkeypatch.setattr(RESTTransport, "_ask", lambda self, *rest: self._read(200, b"[" * 100_000))
+    with Client("http://localhost:1") as client, pytest.raises(ServingError, match="failed"):
+        client.predict(digits.image[:1])
+
+
+def test_package_says_which_extra_its_command_lacks():
+    program = (
+        "import runpy, sys\n"
+        "sys.modules['grpc'] = None\n"
+        "runpy.run_module('kerasdefense.serving', run_name='__main__', alter_sys=True)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "pip install '.[serving]'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
@@ -417,6 +495,18 @@ def test_request_that_was_merged_with_a_wrong_one_is_tried_again(way, digits):
         assert server.engine.requests == 4
     assert prediction.label == digits.module.serving_default(digits.image[:1])["label"]
     assert len(errors) == 1 and "9, 9, 1" in errors[0]
+
+
+def test_wrong_request_is_merged_with_others_three_times_at_most():
+    asked = []
+
+    def refuse(seconds):
+        asked.append(seconds)
+        raise MergedError("merged")
+
+    with pytest.raises(MergedError):
+        attempted(refuse, Deadline(10), retries=20)
+    assert len(asked) == 3
 
 
 def test_large_requests_pass_and_a_limit_can_be_set(digits):
