@@ -1,6 +1,7 @@
 """Thin servers over an engine, and TensorFlow Serving's own instead where there is one.
 
-gRPC is made of tensorflow-serving-api's own service definitions, REST of the standard library's server.
+gRPC is made of tensorflow-serving-api's own service definitions, REST of the standard library's server. Codes and
+messages were written after TensorFlow Serving's sources; the server itself was not at hand to compare them with.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import json
 import struct
 import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import keras
@@ -26,9 +27,9 @@ from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 from kerasdefense import backbones, config, export
 from kerasdefense.attacks import PGD
 from kerasdefense.defenses import Standard
-from kerasdefense.serving import Client, InvalidImageError, InvalidRequestError
+from kerasdefense.serving import Client, InvalidImageError, InvalidRequestError, MergedError
 
-from .stub import binary, serving
+from .stub import binary, bundled, serving
 
 SHAPE = (8, 8, 3)
 FILLERS = {"label": -1, "class_name": b"", "accepted": False, "logits": 0, "probabilities": 0}
@@ -306,6 +307,47 @@ def test_requests_of_others_that_the_server_merges_are_not_affected(good, bad, e
         assert server.engine.merged == [3]
     assert [found[number].valid for number in range(3)] == [True, False, True]
     np.testing.assert_array_equal(found[0].logits, found[2].logits)
+
+
+def check_each_gets_its_own_answer(address, exported):
+    """Ask for a good image, a bad one and one of another size at a time, as three clients do."""
+    bad = np.full_like(exported.image[0], np.nan)
+    together = threading.Barrier(3)
+
+    def ask(image):
+        with Client(address, timeout=20) as client:
+            together.wait(10)
+            try:
+                return client.predict(image, on_invalid="return")[0]
+            except (InvalidRequestError, MergedError) as error:
+                return error
+
+    for row in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            good, invalid, refused = pool.map(ask, [exported.image[row], bad, np.zeros([9, 9, 1])])
+        assert good.valid and not invalid.valid and not invalid.accepted
+        np.testing.assert_allclose(good.logits, exported.expected()["logits"][row], rtol=1e-4, atol=1e-5)
+        assert isinstance(refused, (InvalidRequestError, MergedError))
+
+
+def test_requests_of_three_clients_at_a_time_are_each_answered_by_a_stub(exported_defenses):
+    exported = exported_defenses("")
+
+    def fault(number):
+        server.engine.merges = (number - 1) % 6 < 3  # of six requests for a row three are merged, and tried again alone
+
+    with serving(exported.version.parent, merge=3, fault=fault) as server:
+        check_each_gets_its_own_answer(server.grpc, exported)
+        assert server.engine.requests == 18
+
+
+@pytest.mark.skipif(binary() is None, reason="tensorflow_model_server is not installed: a stub stood in for it")
+@pytest.mark.parametrize("way", ["grpc", "rest"])
+def test_requests_of_three_clients_at_a_time_are_each_answered_with_batching_on(way, exported_defenses, tmp_path):
+    exported = exported_defenses("")
+    folder = exported.version.parent
+    with bundled(folder, tmp_path) as server:
+        check_each_gets_its_own_answer(f"{getattr(server, way)}/{folder.name}", exported)
 
 
 @pytest.mark.parametrize("way", ["grpc", "rest"])
