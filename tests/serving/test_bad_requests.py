@@ -330,17 +330,6 @@ def check_each_gets_its_own_answer(address, exported):
         assert isinstance(refused, (InvalidRequestError, MergedError))
 
 
-def test_requests_of_three_clients_at_a_time_are_each_answered_by_a_stub(exported_defenses):
-    exported = exported_defenses("")
-
-    def fault(number):
-        server.engine.merges = (number - 1) % 6 < 3  # of six requests for a row three are merged, and tried again alone
-
-    with serving(exported.version.parent, merge=3, fault=fault) as server:
-        check_each_gets_its_own_answer(server.grpc, exported)
-        assert server.engine.requests == 18
-
-
 @pytest.mark.skipif(binary() is None, reason="tensorflow_model_server is not installed: a stub stood in for it")
 @pytest.mark.parametrize("way", ["grpc", "rest"])
 def test_requests_of_three_clients_at_a_time_are_each_answered_with_batching_on(way, exported_defenses, tmp_path):
