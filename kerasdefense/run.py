@@ -85,6 +85,8 @@ def evaluate(run: config.Run, splits: Splits, console: Console) -> dict[str, Any
     if run.evaluate.model:
         model = evaluation.load_model(Path(run.evaluate.model).expanduser(), outputs=run.evaluate.outputs)
         evaluation.check_fits(model, splits.image_shape, len(splits.labels), splits.name)
+        if run.evaluate.card:
+            export.check_evaluated(folder, model.digest)
     else:
         model = evaluation.load_model(Path(run.run_dir) / MODEL)._replace(name=run.defense.name)
     if run.evaluate.preprocessor:

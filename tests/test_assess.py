@@ -338,7 +338,7 @@ def test_figures_of_a_published_model_are_replaced(tmp_path):
         "complete": True,
         "trusted": True,
         "sanity": [{"id": "S1", "status": "pass"}],
-        "model": {"digest": "0" * 64},
+        "model": {"digest": before["beside"]["model.keras"]},
         "config": {"data": {"name": "cifar10", "open_set_split": ""}},
         "attacks": [
             {
@@ -351,13 +351,20 @@ def test_figures_of_a_published_model_are_replaced(tmp_path):
             }
         ],
     }
-    for change in ({"complete": False}, {"config": {"data": {"name": "mnist", "open_set_split": ""}}}):
-        with pytest.raises(InputError, match=r"not complete|but its card is of"):
+    shutil.copytree(published / "1", published / "2")
+    for change, why in (
+        ({"complete": False}, "not complete"),
+        ({"config": {"data": {"name": "mnist", "open_set_split": ""}}}, "but its card is of"),
+        ({"model": {"digest": "0" * 64}}, r"the evaluation is not of .*model\.keras"),
+    ):
+        with pytest.raises(InputError, match=why):
             export.publish_figures(published, {**results, **change}, tmp_path / "a.npz")
     export.publish_figures(published, results, tmp_path / "a.npz")
     card = json.loads((published / "card.json").read_text())
     assert set(card.pop("beside")) == {name for name in BESIDE if (published / name).is_file()}
-    assert card == json.loads((published / "1/card.json").read_text())
+    assert card == json.loads((published / "2/card.json").read_text())
+    older = json.loads((published / "1/card.json").read_text())
+    assert older["figures"] == before["figures"] != card["figures"]
     assert card["figures"]["suite"] == "autoattack" and card["figures"]["sanity"] == {"S1": "pass"}
     assert card["about"][0].startswith("The suite autoattack leaves 41.7 % of 24 test images right")
     replaced = ("about", "figures", "beside")

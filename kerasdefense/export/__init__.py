@@ -3,7 +3,7 @@
 from kerasdefense.export.bundle import MODEL_CARD, model_card, write_bundle
 from kerasdefense.export.card import card
 from kerasdefense.export.keras_file import CLASSIFIER, classifier_file, load_model
-from kerasdefense.export.publish import publish_figures, published, with_figures
+from kerasdefense.export.publish import check_evaluated, publish_figures, published, with_figures
 from kerasdefense.export.republish import republish
 from kerasdefense.export.saved_model import OF_RUNS, model_name, save
 from kerasdefense.export.signatures import SIGNATURES, serving_module
@@ -16,6 +16,7 @@ __all__ = [
     "SIGNATURES",
     "card",
     "check_card",
+    "check_evaluated",
     "classifier_file",
     "load_model",
     "model_card",

@@ -16,7 +16,7 @@ from kerasdefense.export.bundle import write_bundle
 from kerasdefense.export.card import about, figures
 from kerasdefense.export.saved_model import versions_of
 from kerasdefense.files import replacing, write_json
-from kerasdefense.integrity import CARD, MODEL, OUTCOMES, check_card, sha256
+from kerasdefense.integrity import CARD, MODEL, OUTCOMES, check_card, claimed_beside, sha256
 from kerasdefense.types import InputError
 
 
@@ -53,7 +53,9 @@ def _compress(path: Path) -> None:
 
 
 def publish_figures(folder: Path, results: Mapping[str, Any], adversarial: Path) -> None:
-    """Replace what the cards of a published folder say was measured, and every image's outcomes.
+    """Replace what a published folder's card and that of its newest version say was measured, and all outcomes.
+
+    The model beside the versions is the newest version's; what is said of older ones stays.
 
     Args:
         folder: the published folder.
@@ -64,8 +66,8 @@ def publish_figures(folder: Path, results: Mapping[str, Any], adversarial: Path)
         InputError: figures that are incomplete, of another model or of another data set than the card's.
     """
     _check_match(folder, results)
-    for path in (folder / str(number) / CARD for number in versions_of(folder)):
-        write_json(path, with_figures(json.loads(path.read_text(encoding="utf-8")), results))
+    path = folder / str(versions_of(folder)[-1]) / CARD
+    write_json(path, with_figures(json.loads(path.read_text(encoding="utf-8")), results))
     with replacing(folder / OUTCOMES) as temporary:
         _store_outcomes(temporary, adversarial)
     write_bundle(folder)
@@ -80,10 +82,17 @@ def with_figures(card: Mapping[str, Any], results: Mapping[str, Any]) -> dict[st
     return complete
 
 
+def check_evaluated(folder: Path, digest: str) -> None:
+    """Raise an InputError unless a model of this digest is the model.keras that a published folder's card is of."""
+    if digest != claimed_beside(json.loads((folder / CARD).read_text(encoding="utf-8"))).get(MODEL):
+        raise InputError(f"the evaluation is not of {folder / MODEL}, which the figures on its card are of")
+
+
 def _check_match(folder: Path, results: Mapping[str, Any]) -> None:
     card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     if not results["complete"]:
         raise InputError("the evaluation is not complete; figures that are an upper bound do not go on a card")
+    check_evaluated(folder, results["model"]["digest"])
     evaluated = {name: results["config"]["data"][name] for name in ("name", "open_set_split")}
     described = {name: card["data"][name] for name in evaluated}
     if evaluated != described:

@@ -8,6 +8,7 @@ from google.protobuf import text_format
 
 from kerasdefense import InputError, export
 from kerasdefense.export.bundle import MAX_BATCH
+from kerasdefense.integrity import CONFIGS
 
 model_server_config_pb2 = pytest.importorskip("tensorflow_serving.config.model_server_config_pb2")
 MODELS = Path(__file__).parents[2] / "saved_models"
@@ -64,7 +65,7 @@ def test_card_of_the_folder_is_the_newest_with_digests_of_files_beside(folder):
     export.write_bundle(folder)
     card = json.loads((folder / "card.json").read_text())
     export.check_card(card)
-    assert card["seed"] == 10 and list(card.pop("beside")) == ["model.keras"]
+    assert card["seed"] == 10 and list(card.pop("beside")) == ["model.keras", *CONFIGS]
     assert card == json.loads((folder / "10/card.json").read_text())
 
 

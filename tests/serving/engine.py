@@ -2,8 +2,8 @@
 
 Codes and messages follow its sources: a missing model or version is NOT_FOUND, a missing label INVALID_ARGUMENT, a
 missing signature FAILED_PRECONDITION over gRPC (over REST, where the signature is looked up to read the JSON,
-INVALID_ARGUMENT), inputs of another name, type or shape INVALID_ARGUMENT. Where requests are merged and their shapes
-differ, all of the batch get FAILED_PRECONDITION.
+INVALID_ARGUMENT), inputs of another name or type INVALID_ARGUMENT. Shapes are left to the graph, as there. Where
+requests are merged and their shapes differ, all of the batch get FAILED_PRECONDITION.
 """
 
 from __future__ import annotations
