@@ -37,7 +37,7 @@ def digests(version: Path) -> dict[str, str]:
 
 def beside(folder: Path) -> dict[str, str]:
     """Return `{name: SHA-256}` of those files of BESIDE that a model's folder holds."""
-    return {name: sha256(folder / name) for name in BESIDE if (folder / name).is_file()}
+    return {name: sha256(folder / name) for name in sorted(BESIDE) if (folder / name).is_file()}
 
 
 def claimed_beside(card: Mapping[str, Any]) -> dict[str, str]:
