@@ -144,7 +144,8 @@ def test_classifier_unlike_the_model_is_not_kept(make, tmp_path, monkeypatch):
     defense = make()
     other = make()
     other.backbone.set_weights([2 * each for each in other.backbone.get_weights()])
-    monkeypatch.setattr("kerasdefense.export.keras_file.in_plain_layers", lambda model: other.backbone)
+    doubled = keras.Model(other.backbone.inputs, other.backbone.output["logits"])
+    monkeypatch.setattr("kerasdefense.export.keras_file.in_plain_layers", lambda model: doubled)
     with (
         pytest.raises(InputError, match=r"classifier\.keras differs from the model"),
         export.classifier_file(defense, tmp_path),
