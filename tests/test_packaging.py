@@ -29,7 +29,8 @@ IMPORTERS = {
     "tfx": ("pipelines/", "tests/"),
     "pipelines": ("pipelines/", "tests/"),
     "kerasdefense.run": ("kerasdefense/run.py", "kerasdefense/demo.py", "tests/"),
-    **dict.fromkeys(("tensorflow_serving", "grpc", "requests", "urllib3"), ("kerasdefense/serving/", "tests/")),
+    "tensorflow_serving": ("kerasdefense/serving/", "kerasdefense/export/warmup.py", "tests/"),
+    **dict.fromkeys(("grpc", "requests", "urllib3"), ("kerasdefense/serving/", "tests/")),
     "torch": (),
 }
 

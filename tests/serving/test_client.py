@@ -170,7 +170,7 @@ def test_what_the_server_does_not_have_is_not_found(choice, digits, address):
 def test_request_that_the_server_refuses_is_one_line(address):
     with Client(address) as client, pytest.raises(InvalidRequestError) as caught:
         client.predict(np.zeros([2, 9, 9, 1]))
-    assert "9, 9, 1" in str(caught.value) and "\n" not in str(caught.value)
+    assert "refused the request" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_model_without_the_outputs_is_refused(digits, tmp_path):
@@ -494,7 +494,7 @@ def test_request_that_was_merged_with_a_wrong_one_is_tried_again(way, digits):
         other.join()
         assert server.engine.requests == 4
     assert prediction.label == digits.module.serving_default(digits.image[:1])["label"]
-    assert len(errors) == 1 and "9, 9, 1" in errors[0]
+    assert len(errors) == 1 and "refused the request" in errors[0]
 
 
 def test_wrong_request_is_merged_with_others_three_times_at_most():

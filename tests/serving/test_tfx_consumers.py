@@ -14,7 +14,6 @@ from tfx.proto import bulk_inferrer_pb2
 from tfx.types import artifact_utils, standard_artifacts
 from tfx.utils import proto_utils
 
-from kerasdefense import config
 from pipelines.pipeline import eval_config
 
 from .conftest import example
@@ -92,7 +91,7 @@ def test_bulk_inferrer_logs_what_the_model_says_and_goes_on_past_what_is_no_imag
 
 def test_model_analysis_finds_the_accuracy_of_the_model_and_of_each_class(exported_defense, tmp_path):
     write(tmp_path / "data/examples-00000-of-00001.gz", exported_defense.examples)
-    asked = eval_config(config.Gate())
+    asked = eval_config(0.0)
     found = tfma.run_model_analysis(
         eval_shared_model=tfma.default_eval_shared_model(str(exported_defense.version), eval_config=asked),
         eval_config=asked,
