@@ -246,7 +246,8 @@ def attack_blocks(
         raise InputError(f"block {number}: {line}; the same command goes on from the shards in {task.shards}")
     still = [number for number in sorted(missing) if not shards.has(number)]
     if still:
-        raise InputError(f"blocks {still} were given no outcome, and no worker could write why to {task.shards}")
+        why = f"their examples are no longer in the files, or no worker could write to {task.shards}"
+        raise InputError(f"blocks {still} were given no outcome: {why}")
     times = [{name: float(arrays[name]) for name in _TIMES} for arrays in map(shards.read, sorted(missing))]
     began = min((each["began"] for each in times), default=launched)
     ended = max((each["ended"] for each in times), default=launched)
