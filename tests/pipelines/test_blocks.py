@@ -317,9 +317,12 @@ def test_killed_worker_ends_the_run_in_one_line_and_the_same_command_goes_on(fol
     command = [sys.executable, "-m", "pipelines.evaluate", f"--model={folder}/model.keras", f"--output={tmp_path}"]
     command += [f"--examples={folder}/examples", "--evaluate_suite=quick", "--evaluate_sanity_examples=0", *FLAGS]
     command += ["--direct_num_workers=2", "--evaluate_chunk_size=4"]
+    deadline = time.monotonic() + 900
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while not list(tmp_path.glob("shards/block-*.npz")):
-            assert process.poll() is None, process.communicate()
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                pytest.fail(str(process.communicate()))
             time.sleep(0.05)
         children = psutil.Process(process.pid).children(recursive=True)
         next(each for each in reversed(children) if any("sdk_worker_main" in part for part in each.cmdline())).kill()
