@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import difflib
 import io
 import logging
 import os
+import signal
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -104,7 +104,7 @@ def watched(advice: str) -> Iterator[None]:
         if not died and _DIED in str(arguments.exc_value):
             died.append(str(arguments.exc_value).removeprefix(_DIED).strip())
             _kill_workers()
-            _thread.interrupt_main()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it where it waits for a lock
         elif not died:
             otherwise(arguments)
 
