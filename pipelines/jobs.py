@@ -94,10 +94,12 @@ def make_pipeline(arguments: Sequence[str]) -> beam.Pipeline:
 def watched(advice: str) -> Iterator[None]:
     """Raise an InputError with an advice when a worker process of the local runner dies, which Beam waits for forever.
 
-    Beam's threads report it, and whatever breaks in them then, to `threading.excepthook`. That is where it is noticed,
-    and the main thread, which waits, is interrupted.
+    Beam's threads report it, and whatever breaks in them before and after, to `threading.excepthook`. That is where it
+    is noticed, and the main thread, which waits, is interrupted. What else threads report is told at the end, unless a
+    worker died.
     """
     died: list[str] = []
+    others: list[threading.ExceptHookArgs] = []
     otherwise = threading.excepthook
 
     def notice(arguments: threading.ExceptHookArgs) -> None:
@@ -105,8 +107,8 @@ def watched(advice: str) -> Iterator[None]:
             died.append(str(arguments.exc_value).removeprefix(_DIED).strip())
             _kill_workers()
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it where it waits for a lock
-        elif not died:
-            otherwise(arguments)
+        else:
+            others.append(arguments)
 
     threading.excepthook = notice
     quiet, logging.raiseExceptions = logging.raiseExceptions, False
@@ -122,6 +124,8 @@ def watched(advice: str) -> Iterator[None]:
         logging.raiseExceptions = quiet
         if not died:
             threading.excepthook = otherwise
+            for each in others:
+                otherwise(each)
     if died:
         raise InputError(f"a worker process died (exit code {died[0]}), perhaps for want of memory; {advice}")
 
